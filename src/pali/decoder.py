@@ -1,0 +1,173 @@
+"""The decoder: Gemma and Gemma 2.
+
+Generated from notebooks/10_decoder.ipynb: edit the notebook, then run `make export`.
+Each block names the cell it comes from.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pali.attention import Trace
+from pali.gqa import GroupedQueryAttention
+from pali.mlp import GeGLU
+from pali.norm import RMSNorm
+from pali.rope import rope_angles, rope_table
+
+__all__ = [
+    "BLOCKS",
+    "Decoder",
+    "DecoderConfig",
+    "Gemma2Block",
+    "GemmaBlock",
+    "soft_cap",
+]
+
+
+# cell ad8f17e4
+@dataclass(frozen=True)
+class DecoderConfig:
+    """The shape of a decoder; the defaults are Gemma 2B's, in PaliGemma 1.
+
+    architecture     "gemma" or "gemma2"
+    query_scale      factor on query-key products
+    attention_cap    soft cap on scores, None without
+    logit_cap        soft cap on logits, None without
+    sliding_window   tokens an even layer may look back, None without
+    max_positions    longest sequence it was trained for
+    """
+
+    architecture: str = "gemma"
+    vocab_size: int = 257_216
+    width: int = 2048
+    num_layers: int = 18
+    num_heads: int = 8
+    num_kv_heads: int = 1
+    head_dim: int = 256
+    mlp_width: int = 16_384
+    norm_eps: float = 1e-6
+    rope_base: float = 10_000.0
+    query_scale: float = 256**-0.5
+    attention_cap: float | None = None
+    logit_cap: float | None = None
+    sliding_window: int | None = None
+    max_positions: int = 8192
+
+    def window(self, layer: int) -> int | None:
+        """How far back this layer may look: even layers slide, odd ones do not."""
+        return self.sliding_window if layer % 2 == 0 else None
+
+
+# cell 1c412461
+def soft_cap(x: Tensor, cap: float | None) -> Tensor:
+    """Squeeze values into (-cap, cap), nearly unchanged where they are small."""
+    return x if cap is None else cap * torch.tanh(x / cap)
+
+
+# cell 8212917d
+class GemmaBlock(nn.Module):
+    """Attention, then MLP; each reads a normed copy and adds its result.
+
+    x         float[B, T, width] -> float[B, T, width]
+    trace     receives f"{name}.attention" and f"{name}.residual"
+    source    Gemma Team 2024
+    """
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.width, config.norm_eps)
+        self.attention = GroupedQueryAttention(
+            config.width, config.num_heads, config.num_kv_heads, config.head_dim,
+            scale=config.query_scale, softcap=config.attention_cap,
+        )  # fmt: skip
+        self.mlp_norm = RMSNorm(config.width, config.norm_eps)
+        self.mlp = GeGLU(config.width, config.mlp_width)
+
+    def forward(
+        self, x: Tensor, table, mask=None, cache=None, trace: Trace = None, name=""
+    ) -> Tensor:
+        x = x + self.attention(
+            self.attention_norm(x), table, mask, cache, trace, name
+        )
+        x = x + self.mlp(self.mlp_norm(x))
+        if trace is not None:
+            trace[f"{name}.residual"] = x
+        return x
+
+
+# cell 1aafec09
+class Gemma2Block(GemmaBlock):
+    """As `GemmaBlock`, with a second norm on what each half adds.
+
+    source    Gemma Team 2024, "Gemma 2"
+    """
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__(config)
+        self.attention_out_norm = RMSNorm(config.width, config.norm_eps)
+        self.mlp_out_norm = RMSNorm(config.width, config.norm_eps)
+
+    def forward(
+        self, x: Tensor, table, mask=None, cache=None, trace: Trace = None, name=""
+    ) -> Tensor:
+        y = self.attention(self.attention_norm(x), table, mask, cache, trace, name)
+        x = x + self.attention_out_norm(y)
+        x = x + self.mlp_out_norm(self.mlp(self.mlp_norm(x)))
+        if trace is not None:
+            trace[f"{name}.residual"] = x
+        return x
+
+
+# cell 3e134d52
+BLOCKS = {"gemma": GemmaBlock, "gemma2": Gemma2Block}
+
+
+# cell 987dec32
+class Decoder(nn.Module):
+    """Token vectors in, vectors that predict the next token out.
+
+    embed(ids)       int64[B, T] -> float[B, T, width], scaled by sqrt(width)
+    forward(x, …)    float[B, T, width] -> float[B, T, width], final norm included
+    logits(x)        float[..., width] -> float[..., vocab_size], by the same
+                     matrix that embeds ("tied head")
+    """
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        if config.architecture not in BLOCKS:
+            raise ValueError(
+                f"unknown decoder architecture {config.architecture!r}; "
+                f"this book builds {' and '.join(BLOCKS)}"
+            )
+        self.config = config
+        self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.width))
+        nn.init.normal_(self.embedding, std=config.width**-0.5)
+        block = BLOCKS[config.architecture]
+        self.blocks = nn.ModuleList(block(config) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.width, config.norm_eps)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        scale = torch.tensor(self.config.width**0.5, dtype=self.embedding.dtype)
+        return F.embedding(ids, self.embedding) * scale.item()
+
+    def forward(
+        self, x: Tensor, positions: Tensor, mask=None, cache=None, trace: Trace = None
+    ) -> Tensor:
+        """positions int[B, T]; mask a bool[B, 1, T, S], one a layer, or None."""
+        config = self.config
+        table = rope_table(rope_angles(positions, config.head_dim, config.rope_base))
+        if trace is not None:
+            trace["decoder.embedded"] = x
+        for i, block in enumerate(self.blocks):
+            layer_mask = mask[i] if isinstance(mask, (list, tuple)) else mask
+            layer_cache = None if cache is None else cache.layer(i)
+            x = block(x, table, layer_mask, layer_cache, trace, f"decoder.{i}")
+        x = self.norm(x)
+        if trace is not None:
+            trace["decoder.output"] = x
+        return x
+
+    def logits(self, x: Tensor) -> Tensor:
+        return soft_cap(F.linear(x, self.embedding), self.config.logit_cap)

@@ -1,0 +1,209 @@
+"""Generation: one token after another.
+
+Generated from notebooks/16_generation.ipynb: edit the notebook, then run `make export`.
+Each block names the cell it comes from.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from pali.attention import softmax
+from pali.cache import Cache
+from pali.paligemma import PaliGemma
+from pali.tokens import EOS, PAD, Batch, Processor
+
+__all__ = [
+    "TextStream",
+    "check_sampling",
+    "generate",
+    "keep_top_k",
+    "keep_top_p",
+    "pick",
+    "steps",
+]
+
+
+# cell 5e5e3340
+def keep_top_k(logits: Tensor, k: int) -> Tensor:
+    """Leave the k largest logits of each row, the rest -inf; ties stay in.
+
+    logits    float[B, V] -> float[B, V]
+    """
+    least = logits.topk(min(k, logits.shape[-1]), dim=-1).values[:, -1:]
+    return logits.masked_fill(logits < least, float("-inf"))
+
+
+# cell f41daa67
+def keep_top_p(logits: Tensor, p: float) -> Tensor:
+    """Leave the likeliest tokens that together reach probability p.
+
+    logits    float[B, V] -> float[B, V], the rest -inf
+    note      a token stays if those before it sum to less than p, so the one
+              that crosses p stays too and the set is never empty
+    source    Holtzman et al. 2020
+    """
+    ordered, order = logits.sort(dim=-1, descending=True)
+    weights = softmax(ordered)
+    before = weights.cumsum(dim=-1) - weights
+    drop = torch.zeros_like(before, dtype=torch.bool).scatter(1, order, before >= p)
+    return logits.masked_fill(drop, float("-inf"))
+
+
+# cell b8e744ec
+def pick(
+    logits: Tensor,
+    *,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Choose the next token of each row: the best one, or a weighted draw.
+
+    logits    float[B, V];  returns  int64[B]
+    note      in this order: temperature, top-k, top-p, draw; temperature 0
+              takes the best
+    """
+    logits = logits.float()
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = logits / temperature
+    if top_k is not None:
+        logits = keep_top_k(logits, top_k)
+    if top_p is not None:
+        logits = keep_top_p(logits, top_p)
+    return torch.multinomial(softmax(logits), 1, generator=generator)[:, 0]
+
+
+# cell de168bd3
+def check_sampling(max_new_tokens, temperature, top_k, top_p) -> None:
+    """One clear sentence for a sampling number out of its range."""
+
+    def number(x) -> bool:
+        return isinstance(x, (int, float)) and not isinstance(x, bool)
+
+    def whole(x) -> bool:
+        return isinstance(x, int) and not isinstance(x, bool) and x >= 1
+
+    if not whole(max_new_tokens):
+        raise ValueError(f"max_new_tokens must be 1 or more, not {max_new_tokens!r}")
+    if not number(temperature) or not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be 0 or more, not {temperature!r}")
+    if top_k is not None and not whole(top_k):
+        raise ValueError(f"top_k must be a whole number from 1, not {top_k!r}")
+    if top_p is not None and not (number(top_p) and 0 < top_p <= 1):
+        raise ValueError(f"top_p must be above 0 and at most 1, not {top_p!r}")
+
+
+# cell 0cdb0b4f
+def steps(
+    model: PaliGemma,
+    batch: Batch,
+    max_new_tokens: int,
+    choose: Callable[[Tensor], Tensor],
+    *,
+    stop: int | None = EOS,
+    trace: list | None = None,
+) -> Iterator[Tensor]:
+    """Yield the next token of every row, int64[B], until all have stopped.
+
+    batch     prompts, padded on either side; the picture is encoded once
+    choose    float[B, V] -> int64[B]
+    stop      the id that ends a row; a row that has ended yields `<pad>`
+    trace     a list that receives one dict a step
+    """
+    B, T = batch.ids.shape
+    cache = Cache(model.config, B, T + max_new_tokens - 1)
+    inputs = (batch.pixels, batch.ids, batch.valid)
+    running = torch.ones(B, dtype=torch.bool, device=batch.ids.device)
+    for n in range(max_new_tokens):
+        step = None if trace is None else {}
+        pixels, ids, valid = inputs
+        logits = model(
+            pixels, ids, valid=valid, cache=cache, last_only=True, trace=step
+        )
+        if trace is not None:
+            trace.append(step)
+        ids = choose(logits[:, 0]).masked_fill(~running, PAD)
+        yield ids
+        inputs = (None, ids[:, None], running[:, None])
+        running = running & (ids != stop) if stop is not None else running
+        if not running.any():
+            return
+
+
+# cell b912d485
+class TextStream:
+    """Collect the ids of one row and hand on each finished piece of text."""
+
+    def __init__(self, row: int, decode: Callable, stream: Callable | None) -> None:
+        self.row, self.decode, self.stream = row, decode, stream
+        self.ids: list[int] = []
+        self.text, self.sent, self.ended = "", 0, False
+
+    def add(self, i: int) -> None:
+        """Take one id; a character of several bytes waits for its last byte."""
+        self.ended = self.ended or i == EOS
+        if self.ended:
+            return
+        self.ids.append(i)
+        self.text = self.decode(self.ids)
+        if self.stream is not None and not self.text.endswith("\ufffd"):
+            piece, self.sent = self.text[self.sent :], len(self.text)
+            if piece:
+                self.stream(self.row, piece)
+
+
+# cell 8128a0c9
+@torch.inference_mode()
+def generate(
+    model: PaliGemma,
+    processor: Processor,
+    images,
+    prompts,
+    *,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+    stream: Callable[[int, str], None] | None = None,
+    trace: list | None = None,
+) -> list[str]:
+    """Answer prompts about pictures: one text a row, without `<eos>`.
+
+    images, prompts    as for `Processor`: one or many
+    temperature        0 takes the best token, larger values draw more freely
+    seed               makes draws repeatable
+    stream             called as stream(row, piece) while text comes
+    trace              a list that receives one dict a step
+    raises             ValueError for numbers out of range or too long a prompt
+    """
+    check_sampling(max_new_tokens, temperature, top_k, top_p)
+    device = model.decoder.embedding.device
+    batch = processor(images, prompts).to(device)
+    room = model.config.decoder.max_positions - batch.ids.shape[1]
+    if max_new_tokens > room:
+        raise ValueError(
+            f"prompt and picture take {batch.ids.shape[1]} tokens, which leaves "
+            f"{max(room, 0)} of {model.config.decoder.max_positions}: shorten the "
+            f"prompt or lower max_new_tokens ({max_new_tokens})"
+        )
+    generator = torch.Generator(device)
+    generator.seed() if seed is None else generator.manual_seed(seed)
+
+    def choose(logits: Tensor) -> Tensor:
+        logits[:, processor.tokenizer.size :] = float("-inf")  # no token's rows
+        return pick(
+            logits, temperature=temperature, top_k=top_k, top_p=top_p,
+            generator=generator,
+        )  # fmt: skip
+
+    rows = [TextStream(r, processor.decode, stream) for r in range(len(batch.ids))]
+    for ids in steps(model, batch, max_new_tokens, choose, trace=trace):
+        for row, i in zip(rows, ids.tolist(), strict=True):
+            row.add(i)
+    return [row.text for row in rows]

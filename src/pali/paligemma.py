@@ -1,0 +1,240 @@
+"""PaliGemma: the whole model.
+
+Generated from notebooks/14_paligemma.ipynb: edit the notebook, then run `make export`.
+Each block names the cell it comes from.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from pali.attention import Trace
+from pali.cache import Cache
+from pali.decoder import Decoder, DecoderConfig
+from pali.fusion import Projector, place_features
+from pali.masks import cached_mask, prefix_lm_mask, token_positions, window_mask
+from pali.vision import VisionConfig, VisionTower
+
+__all__ = [
+    "DECODERS",
+    "GEMMA2",
+    "PaliGemma",
+    "PaliGemmaConfig",
+    "check_inputs",
+    "check_mask",
+    "last_valid",
+    "published_config",
+]
+
+
+# cell 9e32a592
+@dataclass(frozen=True)
+class PaliGemmaConfig:
+    """The shape of the whole model; the defaults are PaliGemma 3B at 224 px."""
+
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    image_id: int = 257_152
+
+
+# cell ba191b72
+GEMMA2 = DecoderConfig(
+    architecture="gemma2",
+    width=2304,
+    num_layers=26,
+    num_kv_heads=4,
+    mlp_width=9216,
+    attention_cap=50.0,
+    logit_cap=30.0,
+    sliding_window=4096,
+)
+DECODERS = {
+    "paligemma-3b": DecoderConfig(),
+    "paligemma2-3b": GEMMA2,
+    "paligemma2-10b": replace(
+        GEMMA2, width=3584, num_layers=42, num_heads=16, num_kv_heads=8,
+        mlp_width=14_336,
+    ),
+    "paligemma2-28b": replace(
+        GEMMA2, width=4608, num_layers=46, num_heads=32, num_kv_heads=16,
+        mlp_width=36_864, head_dim=128, query_scale=144**-0.5,
+    ),
+}  # fmt: skip
+
+
+# cell 3c2a5837
+def published_config(name: str, image_size: int = 224) -> PaliGemmaConfig:
+    """The configuration of a published checkpoint.
+
+    name          "paligemma-3b", "paligemma2-3b", "paligemma2-10b" or
+                  "paligemma2-28b"
+    image_size    224, 448 or 896
+    source        Beyer et al. 2024; Steiner et al. 2024
+    """
+    if name not in DECODERS or image_size not in (224, 448, 896):
+        raise ValueError(
+            f"published are {', '.join(DECODERS)} at 224, 448 and 896 px, "
+            f"not {name!r} at {image_size}"
+        )
+    return PaliGemmaConfig(VisionConfig(image_size=image_size), DECODERS[name])
+
+
+# cell 62c7b342
+def last_valid(x: Tensor, valid: Tensor) -> Tensor:
+    """The vector of each row's last valid token: [B, T, width] -> [B, 1, width]."""
+    T = valid.shape[1]
+    if T == 1:
+        return x
+    last = (torch.arange(T, device=x.device) * valid).argmax(dim=1)
+    return x[torch.arange(x.shape[0], device=x.device), last][:, None]
+
+
+# cell 36fe9735
+def check_inputs(ids: Tensor, vocab_size: int, **like: Tensor | None) -> None:
+    """One clear sentence for ids, valid, suffix or positions of a wrong form."""
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.dtype != torch.int64:
+        raise ValueError("ids must be an int64 tensor [B, T]")
+    if ids.numel() == 0:
+        raise ValueError(f"ids must hold at least one token, got {list(ids.shape)}")
+    low, high = ids.aminmax()
+    if low < 0 or high >= vocab_size:
+        raise ValueError(
+            f"ids run from {low} to {high}, the vocabulary from 0 to {vocab_size - 1}"
+        )
+    for name, value in like.items():
+        dtype = torch.int64 if name == "positions" else torch.bool
+        if value is not None and (value.shape != ids.shape or value.dtype != dtype):
+            raise ValueError(
+                f"{name} must be {dtype} {list(ids.shape)} like ids, "
+                f"got {value.dtype} {list(value.shape)}"
+            )
+
+
+# cell 88452814
+def check_mask(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A mask given by hand: right form, and no row without anything to see."""
+    if mask.dtype != torch.bool or tuple(mask.shape) != shape:
+        raise ValueError(
+            f"mask must be bool {list(shape)}, got {mask.dtype} {list(mask.shape)}"
+        )
+    if not mask.any(dim=-1).all():
+        raise ValueError("mask has a row without any True: every token must see one")
+    return mask
+
+
+# cell a93e28b4
+class PaliGemma(nn.Module):
+    """Pictures and token ids in, logits for the next token out.
+
+    encode(pixels)            float[B, 3, S, S] -> features float[B, N, width]
+    forward(pixels, ids, …)   logits float[B, T, vocabulary], in the dtype of
+                              the model; [B, 1, vocabulary] with last_only
+    source                    Beyer et al. 2024; Steiner et al. 2024
+    """
+
+    def __init__(self, config: PaliGemmaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.vision = VisionTower(config.vision)
+        self.projector = Projector(config.vision.width, config.decoder.width)
+        self.decoder = Decoder(config.decoder)
+
+    def encode(self, pixels: Tensor, trace: Trace = None) -> Tensor:
+        """Pictures as soft tokens of the decoder's width; do it once a picture."""
+        if not isinstance(pixels, Tensor) or not pixels.is_floating_point():
+            raise ValueError("pixels must be a float tensor [B, 3, S, S]")
+        x = self.vision(pixels.to(self.decoder.embedding.dtype), trace)
+        return self.projector(x)
+
+    def embed(self, ids: Tensor, features: Tensor | None) -> Tensor:
+        """Token vectors, with image features in the place of `<image>`."""
+        is_image = ids == self.config.image_id
+        x = self.decoder.embed(ids.masked_fill(is_image, 0))
+        if features is not None:
+            return place_features(x, is_image, features)
+        if is_image.any():
+            raise ValueError(
+                f"the prompts reserve {int(is_image.sum())} <image> tokens but no "
+                "picture came: pass pixels or features"
+            )
+        return x
+
+    def masks(
+        self, valid, suffix, positions, cache: Cache | None, mask
+    ) -> list[Tensor | None] | Tensor | None:
+        """What each layer may look at: one mask for all, a list, or None for all."""
+        T = valid.shape[1]
+        past = 0 if cache is None else cache.length - T
+        keys = valid if cache is None else cache.valid[:, : past + T]
+        config = self.config.decoder
+        if mask is not None:
+            shape = (valid.shape[0], 1, T, past + T)
+            given = mask if isinstance(mask, Sequence) else [mask] * config.num_layers
+            given = [check_mask(m, shape) for m in given]
+        elif keys.all() and (T == 1 or not (past or suffix.any())):
+            given = [None] * config.num_layers  # everything may be seen
+        else:
+            one = cached_mask(keys, past) if past else prefix_lm_mask(valid, suffix)
+            given = [one] * config.num_layers
+        window = config.sliding_window
+        at = positions if cache is None else cache.positions[:, : past + T]
+        if window is None or int(at.max()) < window:
+            return given
+        near = window_mask(positions, at, suffix, window)
+        return [
+            m if config.window(i) is None else near if m is None else m & near
+            for i, m in enumerate(given)
+        ]
+
+    def forward(
+        self,
+        pixels: Tensor | None,
+        ids: Tensor,
+        *,
+        valid: Tensor | None = None,
+        suffix: Tensor | None = None,
+        cache: Cache | None = None,
+        features: Tensor | None = None,
+        mask: Tensor | Sequence[Tensor] | None = None,
+        positions: Tensor | None = None,
+        last_only: bool = False,
+        trace: Trace = None,
+    ) -> Tensor:
+        """Logits of the next token at every place, or at each row's last.
+
+        pixels      float[M, 3, S, S], or None when `features` are given, for text
+                    alone, and after the first call with a cache
+        ids         int64[B, T];  valid, suffix  bool[B, T]
+        cache       a `Cache`; the first call holds the whole prefix, later calls
+                    the new tokens only, all of them suffix
+        mask        bool[B, 1, T, past + T] or a list, one a layer: replaces the
+                    derived one;  positions  int64[B, T]: likewise
+        trace       an empty dict to be filled with what happens inside
+        raises      ValueError with one sentence for input of a wrong form
+        """
+        check_inputs(
+            ids, self.config.decoder.vocab_size,
+            valid=valid, suffix=suffix, positions=positions,
+        )  # fmt: skip
+        past = 0 if cache is None else cache.length
+        if past and suffix is not None and not suffix.all():
+            raise ValueError(
+                "after the prefix every token is suffix: the prefix is "
+                "bidirectional, so it must come whole in the first call"
+            )
+        valid = torch.ones_like(ids, dtype=torch.bool) if valid is None else valid
+        if suffix is None:
+            suffix = torch.full_like(valid, past > 0)
+        if features is None and pixels is not None:
+            features = self.encode(pixels, trace)
+        x = self.embed(ids, features)
+        if positions is None:
+            seen = cache.next_positions() if past else None
+            positions = token_positions(valid, seen)
+        if cache is not None:
+            cache.begin(valid, positions)
+        masks = self.masks(valid, suffix, positions, cache, mask)
+        x = self.decoder(x, positions, masks, cache, trace)
+        return self.decoder.logits(last_valid(x, valid) if last_only else x)

@@ -1,0 +1,476 @@
+"""Weights: the same code runs the official checkpoints.
+
+Generated from notebooks/15_weights.ipynb: edit the notebook, then run `make export`.
+Each block names the cell it comes from.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pali.decoder import DecoderConfig
+from pali.paligemma import PaliGemma, PaliGemmaConfig
+from pali.tokens import Processor, Tokenizer
+from pali.vision import VisionConfig
+
+__all__ = [
+    "DECODER_BLOCKS",
+    "GEMMA2_BLOCK",
+    "GEMMA_BLOCK",
+    "TOP",
+    "VISION_BLOCK",
+    "check_dtype",
+    "checkpoint_name",
+    "config_json",
+    "decoder_config",
+    "drop_tied_head",
+    "find_folder",
+    "load",
+    "load_model",
+    "load_processor",
+    "match_weights",
+    "plain_name",
+    "preprocessor_json",
+    "read_config",
+    "read_json",
+    "read_tensors",
+    "released_name",
+    "save_model",
+    "vision_config",
+    "weight_files",
+    "write_files",
+]
+
+
+# cell aa3a797d
+TOP = {
+    "vision.patch.weight": "vision_tower.embeddings.patch_embedding.weight",
+    "vision.patch.bias": "vision_tower.embeddings.patch_embedding.bias",
+    "vision.position": "vision_tower.embeddings.position_embedding.weight",
+    "vision.norm.weight": "vision_tower.post_layernorm.weight",
+    "vision.norm.bias": "vision_tower.post_layernorm.bias",
+    "projector.linear.weight": "multi_modal_projector.linear.weight",
+    "projector.linear.bias": "multi_modal_projector.linear.bias",
+    "decoder.embedding": "language_model.embed_tokens.weight",
+    "decoder.norm.weight": "language_model.norm.weight",
+}
+VISION_BLOCK = {
+    "attention_norm": "layer_norm1",
+    "attention.query": "self_attn.q_proj",
+    "attention.key": "self_attn.k_proj",
+    "attention.value": "self_attn.v_proj",
+    "attention.output": "self_attn.out_proj",
+    "mlp_norm": "layer_norm2",
+    "mlp.up": "mlp.fc1",
+    "mlp.down": "mlp.fc2",
+}
+GEMMA_BLOCK = {
+    "attention_norm": "input_layernorm",
+    "attention.query": "self_attn.q_proj",
+    "attention.key": "self_attn.k_proj",
+    "attention.value": "self_attn.v_proj",
+    "attention.output": "self_attn.o_proj",
+    "mlp_norm": "post_attention_layernorm",
+    "mlp.gate": "mlp.gate_proj",
+    "mlp.up": "mlp.up_proj",
+    "mlp.down": "mlp.down_proj",
+}
+GEMMA2_BLOCK = GEMMA_BLOCK | {
+    "attention_out_norm": "post_attention_layernorm",  # the same name, another norm
+    "mlp_norm": "pre_feedforward_layernorm",
+    "mlp_out_norm": "post_feedforward_layernorm",
+}
+DECODER_BLOCKS = {"gemma": GEMMA_BLOCK, "gemma2": GEMMA2_BLOCK}
+
+
+# cell f3417e77
+def checkpoint_name(name: str, architecture: str) -> str:
+    """Our name of a weight -> its name in a checkpoint, levels left out.
+
+    name            such as "decoder.blocks.3.mlp.gate.weight"
+    architecture    "gemma" or "gemma2"
+    """
+    if name in TOP:
+        return TOP[name]
+    part, _, layer, rest = name.split(".", 3)
+    stem, kind = rest.rsplit(".", 1)
+    if part == "vision":
+        return f"vision_tower.encoder.layers.{layer}.{VISION_BLOCK[stem]}.{kind}"
+    stem = DECODER_BLOCKS[architecture][stem]
+    return f"language_model.layers.{layer}.{stem}.{kind}"
+
+
+# cell 266fa845
+def plain_name(name: str) -> str:
+    """A name in any published layout -> the same name without optional levels.
+
+    Four layouts exist on disk; they differ in a leading "model." and in the
+    levels "vision_model" and "model" inside the two towers.
+    """
+    name = name.removeprefix("model.")
+    name = name.replace("vision_tower.vision_model.", "vision_tower.", 1)
+    return name.replace("language_model.model.", "language_model.", 1)
+
+
+# cell 758e005f
+def released_name(name: str) -> str:
+    """The inverse of `plain_name` for the layout of the released folders."""
+    name = name.replace("vision_tower.", "vision_tower.vision_model.", 1)
+    return name.replace("language_model.", "language_model.model.", 1)
+
+
+# cell 44847dff
+def read_json(path: Path) -> dict:
+    """A JSON object from a file; one sentence if it is missing or broken."""
+    if not path.is_file():
+        raise ValueError(f"{path.parent} is no checkpoint folder: it has no {path.name}")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} must hold a JSON object, not a {type(data).__name__}")
+    return data
+
+
+# cell f62f878a
+def vision_config(data: dict) -> VisionConfig:
+    """The vision part of a config.json; what it omits has SigLIP's value."""
+    return VisionConfig(
+        image_size=data.get("image_size", 224),
+        patch_size=data["patch_size"],
+        channels=data.get("num_channels", 3),
+        width=data["hidden_size"],
+        num_layers=data["num_hidden_layers"],
+        num_heads=data["num_attention_heads"],
+        mlp_width=data["intermediate_size"],
+        norm_eps=data.get("layer_norm_eps", 1e-6),
+    )
+
+
+# cell 49753c7a
+def decoder_config(data: dict) -> DecoderConfig:
+    """The decoder's part of a config.json; what it omits has Gemma's value."""
+    head_dim = data.get("head_dim", 256)
+    rope = data.get("rope_parameters") or {}
+    second = data["model_type"] == "gemma2"
+    scale = data.get("query_pre_attn_scalar", 256) if second else head_dim
+    return DecoderConfig(
+        architecture=data["model_type"],
+        vocab_size=data["vocab_size"],
+        width=data["hidden_size"],
+        num_layers=data["num_hidden_layers"],
+        num_heads=data["num_attention_heads"],
+        num_kv_heads=data["num_key_value_heads"],
+        head_dim=head_dim,
+        mlp_width=data["intermediate_size"],
+        norm_eps=data.get("rms_norm_eps", 1e-6),
+        rope_base=float(rope.get("rope_theta", data.get("rope_theta", 10_000.0))),
+        query_scale=scale**-0.5,
+        attention_cap=data.get("attn_logit_softcapping", 50.0) if second else None,
+        logit_cap=data.get("final_logit_softcapping", 30.0) if second else None,
+        sliding_window=data.get("sliding_window", 4096) if second else None,
+        max_positions=data.get("max_position_embeddings", 8192),
+    )
+
+
+# cell 910f5f47
+def read_config(folder: str | Path) -> PaliGemmaConfig:
+    """The configuration in a checkpoint folder's config.json.
+
+    raises    ValueError naming the file and the key that is missing or foreign
+    """
+    path = Path(folder) / "config.json"
+    data = read_json(path)
+    kind = data.get("model_type")
+    text, vision = data.get("text_config"), data.get("vision_config")
+    if kind != "paligemma" or not isinstance(text, dict) or not isinstance(vision, dict):
+        raise ValueError(
+            f"{path} describes the architecture {kind!r}, not 'paligemma' with a "
+            "text_config and a vision_config"
+        )
+    if text.get("model_type") not in DECODER_BLOCKS:
+        raise ValueError(
+            f"{path}: the text model {text.get('model_type')!r} is unknown; "
+            f"this book builds {' and '.join(DECODER_BLOCKS)}"
+        )
+    try:
+        image_id = data.get("image_token_index", data.get("image_token_id", 257_152))
+        return PaliGemmaConfig(vision_config(vision), decoder_config(text), image_id)
+    except KeyError as error:
+        raise ValueError(f"{path} lacks the key {error}") from error
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"{path} holds a value of a wrong kind: {error}") from error
+
+
+# cell 4131a5fc
+def weight_files(folder: Path) -> dict[str, list[str]]:
+    """The weight files of a folder and the keys that its index promises."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        if not (folder / "model.safetensors").is_file():
+            raise ValueError(
+                f"{folder} has neither model.safetensors nor {index.name}"
+            )
+        return {"model.safetensors": []}
+    files: dict[str, list[str]] = {}
+    for key, name in read_json(index).get("weight_map", {}).items():
+        files.setdefault(name, []).append(key)
+    for name, keys in files.items():
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder / name} is missing: {index.name} says {keys[0]}")
+    return files
+
+
+# cell 3cbdcc0e
+def read_tensors(folder: Path) -> dict[str, tuple[Path, Tensor]]:
+    """Every tensor of a checkpoint, mapped rather than read, by plain name.
+
+    raises    ValueError naming the file, and the key where one is to blame
+    """
+    found = {}
+    for name, promised in weight_files(folder).items():
+        path = folder / name
+        try:
+            with safe_open(path, framework="pt") as file:
+                keys = list(file.keys())
+                tensors = {key: file.get_tensor(key) for key in keys}
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise ValueError(f"{path} cannot be read: {error}") from error
+        lacking = sorted(set(promised) - set(keys))
+        if lacking:
+            raise ValueError(f"{path} lacks {lacking[0]}, which the index promises")
+        for key, tensor in tensors.items():
+            if not tensor.is_floating_point():
+                raise ValueError(f"{path}: {key} holds {tensor.dtype}, not floats")
+            found[plain_name(key)] = path, tensor
+    return found
+
+
+# cell 53f2f1b8
+def drop_tied_head(found: dict[str, tuple[Path, Tensor]]) -> None:
+    """Take a stored head out, after checking that it is the embedding."""
+    embedding = found.get("language_model.embed_tokens.weight")
+    for key in ("lm_head.weight", "language_model.lm_head.weight"):
+        path, head = found.pop(key, (None, None))
+        if head is None or embedding is None:
+            continue
+        if head.shape != embedding[1].shape or not torch.equal(head, embedding[1]):
+            raise ValueError(
+                f"{path}: {key} differs from the embedding; PaliGemma ties them"
+            )
+
+
+# cell 30af65e2
+def match_weights(model: PaliGemma, found: dict, folder: Path) -> dict[str, Tensor]:
+    """Our names for the tensors of a checkpoint: none missing, none left over.
+
+    raises    ValueError that lists what is missing, left over or of wrong shape
+    """
+    state, faults = {}, []
+    architecture = model.config.decoder.architecture
+    for name, weight in model.state_dict().items():
+        key = checkpoint_name(name, architecture)
+        path, tensor = found.pop(key, (None, None))
+        if tensor is None:
+            faults.append(f"{key} is missing")
+        elif tensor.shape != weight.shape:
+            faults.append(
+                f"{key} in {path.name} has shape {list(tensor.shape)}, "
+                f"config.json asks for {list(weight.shape)}"
+            )
+        else:
+            state[name] = tensor
+    faults += [f"{key} in {path.name} has no place" for key, (path, _) in found.items()]
+    if faults:
+        more = f" (and {len(faults) - 6} more)" if len(faults) > 6 else ""
+        raise ValueError(f"{folder}: {'; '.join(faults[:6])}{more}")
+    return state
+
+
+# cell b4fbecf7
+def check_dtype(dtype: torch.dtype | None) -> None:
+    """Weights are float32, bfloat16 or float16; None keeps the stored dtype."""
+    known = (torch.float32, torch.bfloat16, torch.float16, torch.float64, None)
+    if dtype not in known:
+        raise ValueError(f"dtype must be a torch float dtype or None, not {dtype!r}")
+
+
+# cell b1b09c2a
+def load_model(
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = torch.float32,
+    device: str | torch.device = "cpu",
+) -> PaliGemma:
+    """The model of a checkpoint folder: PaliGemma 1 or 2, any size and layout.
+
+    folder    "mini" for the shipped model, or a folder with config.json and
+              safetensors files
+    dtype     the weights are converted to it; None keeps the stored one and
+              maps the file instead of copying it
+    raises    ValueError with one sentence that names the file and the key
+    """
+    check_dtype(dtype)
+    folder = find_folder(folder)
+    with torch.device("meta"):
+        model = PaliGemma(read_config(folder))
+    found = read_tensors(folder)
+    drop_tied_head(found)
+    state = match_weights(model, found, folder)
+    if dtype is not None:
+        state = {k: t.to(dtype, copy=True) for k, t in state.items()}
+    model.load_state_dict(state, strict=True, assign=True)
+    return model.to(device).eval()
+
+
+# cell 88b8d50b
+def find_folder(folder: str | Path) -> Path:
+    """A checkpoint folder; the name "mini" stands for the shipped model."""
+    path = Path(__file__).parent / "mini" if str(folder) == "mini" else Path(folder)
+    if not path.is_dir():
+        raise ValueError(f"there is no checkpoint folder {path}")
+    return path
+
+
+# cell e693d007
+def load_processor(folder: str | Path) -> Processor:
+    """The tokenizer and the picture settings of a checkpoint folder.
+
+    raises    ValueError if a file is missing or two of them disagree
+    """
+    folder = find_folder(folder)
+    config = read_config(folder)
+    path = folder / "tokenizer.model"
+    if not path.is_file():
+        raise ValueError(f"{folder} has no tokenizer.model")
+    size, patches = config.vision.image_size, config.vision.num_patches
+    settings = folder / "preprocessor_config.json"
+    if settings.is_file():
+        stated = read_json(settings).get("size", {})
+        stated = stated.get("height", size) if isinstance(stated, dict) else stated
+        if stated != size:
+            raise ValueError(
+                f"{settings} asks for {stated} px, config.json for {size} px"
+            )
+    return Processor(Tokenizer(path), size, patches, config.image_id)
+
+
+# cell 1e9afc20
+def load(
+    folder: str | Path = "mini",
+    *,
+    dtype: torch.dtype | None = torch.float32,
+    device: str | torch.device = "cpu",
+) -> tuple[PaliGemma, Processor]:
+    """Model and processor of a checkpoint folder, or of the shipped "mini"."""
+    return load_model(folder, dtype=dtype, device=device), load_processor(folder)
+
+
+# cell a7f92830
+def config_json(config: PaliGemmaConfig, dtype: torch.dtype) -> dict:
+    """The configuration in the words of the released config.json files."""
+    v, d = config.vision, config.decoder
+    text = {
+        "model_type": d.architecture, "vocab_size": d.vocab_size,
+        "hidden_size": d.width, "num_hidden_layers": d.num_layers,
+        "num_attention_heads": d.num_heads, "num_key_value_heads": d.num_kv_heads,
+        "head_dim": d.head_dim, "intermediate_size": d.mlp_width,
+        "rms_norm_eps": d.norm_eps, "rope_theta": d.rope_base,
+        "max_position_embeddings": d.max_positions,
+        "hidden_activation": "gelu_pytorch_tanh", "num_image_tokens": v.num_patches,
+    }  # fmt: skip
+    if d.architecture == "gemma2":
+        text |= {
+            "query_pre_attn_scalar": round(d.query_scale**-2, 6),
+            "attn_logit_softcapping": d.attention_cap,
+            "final_logit_softcapping": d.logit_cap,
+            "sliding_window": d.sliding_window,
+        }
+    vision = {
+        "model_type": "siglip_vision_model", "hidden_size": v.width,
+        "num_hidden_layers": v.num_layers, "num_attention_heads": v.num_heads,
+        "intermediate_size": v.mlp_width, "image_size": v.image_size,
+        "patch_size": v.patch_size, "num_channels": v.channels,
+        "layer_norm_eps": v.norm_eps, "num_image_tokens": v.num_patches,
+        "projection_dim": d.width, "vision_use_head": False,
+    }  # fmt: skip
+    return {
+        "architectures": ["PaliGemmaForConditionalGeneration"],
+        "model_type": "paligemma", "image_token_index": config.image_id,
+        "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2,
+        "projection_dim": d.width, "hidden_size": d.width,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        "text_config": text, "vision_config": vision,
+    }  # fmt: skip
+
+
+# cell cc5e7174
+def preprocessor_json(processor: Processor) -> dict:
+    """The picture settings in the words of preprocessor_config.json."""
+    side = processor.image_size
+    return {
+        "image_processor_type": "SiglipImageProcessor",
+        "processor_class": "PaliGemmaProcessor",
+        "image_seq_length": processor.num_patches,
+        "size": {"height": side, "width": side},
+        "resample": 3, "do_resize": True, "do_rescale": True, "do_normalize": True,
+        "do_convert_rgb": True, "rescale_factor": 1 / 255,
+        "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
+    }  # fmt: skip
+
+
+# cell c1816cb7
+def write_files(folder: Path, files: dict) -> None:
+    """Write files beside their place and move them there, whole or not at all.
+
+    files    name -> function that writes to the path it is given
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    beside = {name: folder / f".{name}.part" for name in files}
+    try:
+        for name, write in files.items():
+            write(beside[name])
+        for name, path in beside.items():
+            os.replace(path, folder / name)
+    finally:
+        for path in beside.values():
+            path.unlink(missing_ok=True)
+
+
+# cell c8aad687
+def save_model(
+    model: PaliGemma, folder: str | Path, processor: Processor | None = None
+) -> None:
+    """Write a checkpoint folder in the layout of the released ones.
+
+    processor    with it, `pali.load(folder)` works on the result
+    raises       OSError if the folder cannot be written; nothing half-written
+    """
+    folder, state = Path(folder), model.state_dict()
+    architecture = model.config.decoder.architecture
+    tensors = {
+        released_name(checkpoint_name(name, architecture)): t.detach().contiguous()
+        for name, t in state.items()
+    }
+    dtype = model.decoder.embedding.dtype
+
+    def as_json(data):
+        text = json.dumps(data, indent=2) + "\n"
+        return lambda path: path.write_text(text, encoding="utf-8")
+
+    files = {
+        "model.safetensors": lambda path: save_file(tensors, path, {"format": "pt"}),
+        "config.json": as_json(config_json(model.config, dtype)),
+    }
+    if processor is not None:
+        files["preprocessor_config.json"] = as_json(preprocessor_json(processor))
+        source = processor.tokenizer.path
+        files["tokenizer.model"] = lambda path: shutil.copyfile(source, path)
+    write_files(folder, files)
