@@ -318,7 +318,9 @@ def write_atomically(path: Path, text: str) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m pali._export")
-    parser.add_argument("names", nargs="*", help="chapters, for example rope or 07_rope")
+    parser.add_argument(
+        "names", nargs="*", help="chapters, for example rope or 07_rope"
+    )
     parser.add_argument("--check", action="store_true", help="change nothing")
     parser.add_argument("--root", type=Path, default=ROOT, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)

@@ -2,7 +2,7 @@
 
     python -m pali._notebook                 run all, print the seconds of each
     python -m pali._notebook rope 11 PATH     run these
-    python -m pali._notebook --check          run nothing; say what is not as it should be
+    python -m pali._notebook --check          run nothing, say what is wrong
     python -m pali._notebook to-py rope       notebooks/07_rope.py, a draft to edit
     python -m pali._notebook from-py rope     draft back into the notebook
 
@@ -25,6 +25,7 @@ import sys
 import time
 from pathlib import Path
 
+from pali import _address
 from pali._export import ROOT, write_atomically
 
 METADATA = {
@@ -294,12 +295,12 @@ def to_py(path: Path, force: bool = False) -> Path:
 
     draft = path.with_suffix(".py")
     text = jupytext.writes(jupytext.read(path), fmt="py:percent")
-    if draft.exists() and not force and draft.read_text("utf-8") != text:
-        if draft.stat().st_mtime > path.stat().st_mtime:
-            raise NotebookError(
-                f"{draft.name} is newer than the notebook: bring it in with from-py, "
-                "or overwrite it with --force"
-            )
+    newer = draft.exists() and draft.stat().st_mtime > path.stat().st_mtime
+    if newer and not force and draft.read_text("utf-8") != text:
+        raise NotebookError(
+            f"{draft.name} is newer than the notebook: bring it in with from-py, "
+            "or overwrite it with --force"
+        )
     write_atomically(draft, text)
     return draft
 
@@ -310,6 +311,9 @@ def from_py(draft: Path) -> Path:
 
     path = draft.with_suffix(".ipynb")
     new = json.loads(json.dumps(jupytext.read(draft, fmt="py:percent")))
+    root = draft.resolve().parents[1]
+    if (root / "pyproject.toml").exists():
+        _address.settle(new, path.stem, _address.read(root))
     old = json.loads(path.read_text("utf-8")) if path.exists() else {"cells": []}
     new["cells"] = matched(old["cells"], new["cells"])
     store(path, new)
@@ -320,8 +324,8 @@ def matched(old: list[dict], new: list[dict]) -> list[dict]:
     """New cells with the ids, and if unchanged the outputs, of the old ones."""
 
     def key(cell: dict) -> tuple[str, str]:
-        text = text_of(cell["source"])
-        return cell["cell_type"], "\n".join(x.rstrip() for x in text.split("\n")).strip()
+        lines = text_of(cell["source"]).split("\n")
+        return cell["cell_type"], "\n".join(line.rstrip() for line in lines).strip()
 
     pairs: dict[int, int] = {}
     matcher = difflib.SequenceMatcher(

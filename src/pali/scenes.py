@@ -1,10 +1,12 @@
 """Scenes: a little world with known answers.
 
-Generated from notebooks/17_scenes.ipynb: edit the notebook.
+Generated from notebooks/17_scenes.ipynb: edit the notebook, then run `make export`.
+Each block names the cell it comes from.
 """
 
 import functools
 import json
+import operator
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -13,12 +15,16 @@ from importlib import resources
 import numpy as np
 from PIL import Image
 
+from pali.tokens import location_tokens
+
 __all__ = [
     "FIRST_WORLD",
     "Ground",
     "Kind",
     "Scene",
     "Stream",
+    "TEST_SEEDS",
+    "TRAINING_SEEDS",
     "Thing",
     "World",
     "all_texts",
@@ -40,10 +46,11 @@ __all__ = [
     "ground_pixels",
     "kinds",
     "layout",
-    "location_tokens",
     "noise",
     "noun_phrase",
+    "pose",
     "question",
+    "question_stream",
     "ramp",
     "scene",
     "shared_area",
@@ -54,22 +61,26 @@ __all__ = [
 ]
 
 
+# cell 66ca03cc
 @dataclass
 class Stream:
     """Random integers from a seed, the same in every language.
 
     state    int, 64 bits; the seed at first, moved on by each draw
+    raises   TypeError if the seed is not a whole number
     source   Steele, Lea & Flood 2014 (SplitMix64)
     """
 
     state: int
 
+    def __post_init__(self) -> None:
+        self.state = operator.index(self.state) % 2**64
+
     def many(self, count: int) -> np.ndarray:
         """The next `count` numbers, uint64[count]."""
         step = 0x9E3779B97F4A7C15
-        start = np.uint64(self.state % 2**64)
         z = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(step)
-        z += start
+        z += np.uint64(self.state)
         z = (z ^ z >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ z >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
         self.state = (self.state + count * step) % 2**64
@@ -101,6 +112,7 @@ class Stream:
         return [rest.pop(self.below(len(rest))) for _ in range(count)]
 
 
+# cell df69efd5
 @dataclass(frozen=True)
 class Kind:
     """One row of the catalogue.
@@ -119,6 +131,7 @@ class Kind:
     trained: bool
 
 
+# cell 4724c0d4
 @functools.cache
 def kinds() -> tuple[Kind, ...]:
     """The catalogue: 64 kinds, in the order of the sprite sheet."""
@@ -135,12 +148,14 @@ def kinds() -> tuple[Kind, ...]:
     )
 
 
+# cell d3978675
 @functools.cache
 def catalogue() -> dict[str, int]:
     """The place of every kind in the catalogue, by name, from 0."""
     return {kind.name: i for i, kind in enumerate(kinds())}
 
 
+# cell d1332539
 def find_kind(name: str) -> Kind:
     """The row of the catalogue with this name.
 
@@ -154,6 +169,7 @@ def find_kind(name: str) -> Kind:
     return kinds()[catalogue()[name]]
 
 
+# cell 5eba8914
 @functools.cache
 def sprite_sheet() -> Image.Image:
     """All drawings, 8 to a row, RGBA, 512 x 512 px."""
@@ -162,6 +178,7 @@ def sprite_sheet() -> Image.Image:
         return Image.open(file).convert("RGBA")
 
 
+# cell 09834908
 def sprite(kind: str) -> Image.Image:
     """The drawing of a kind.
 
@@ -174,6 +191,7 @@ def sprite(kind: str) -> Image.Image:
     return sprite_sheet().crop((left, top, left + 64, top + 64))
 
 
+# cell a15673c9
 @dataclass(frozen=True)
 class Thing:
     """Something in a picture.
@@ -199,26 +217,39 @@ class Thing:
         return self.left + half, self.top + half
 
 
-@functools.lru_cache(maxsize=2048)
-def stamp(
-    kind: str, size: int, angle: int = 0, mirrored: bool = False
-) -> Image.Image:
-    """A sprite made ready for pasting: mirrored, turned, scaled.
+# cell b1d49380
+@functools.lru_cache(maxsize=1024)
+def pose(kind: str, angle: int, mirrored: bool) -> Image.Image:
+    """A sprite made ready for scaling: mirrored, then turned.
 
-    returns   RGBA image: size x size px, or 3/2 of that if it leans,
-              so that turning cuts no corner; shared: do not change it
+    returns   RGBA image, 64 x 64 px, or 96 x 96 if it leans, so that
+              turning cuts no corner; shared: do not change it
     """
     art = sprite(kind)
     if mirrored:
         art = art.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    if angle:
-        canvas = Image.new("RGBA", (96, 96))
-        canvas.paste(art, (16, 16))
-        art = canvas.rotate(angle, Image.Resampling.BICUBIC)
-        size = (3 * size + 1) // 2
-    return art.resize((size, size), Image.Resampling.BICUBIC)
+    if not angle:
+        return art
+    canvas = Image.new("RGBA", (96, 96))
+    canvas.paste(art, (16, 16))
+    return canvas.rotate(angle, Image.Resampling.BICUBIC)
 
 
+# cell 0e600315
+def stamp(thing: Thing) -> tuple[Image.Image, int, int]:
+    """A thing's drawing in its final size, and where it goes.
+
+    returns   RGBA image, left, top in px; it is half as large again
+              as the thing's square if it leans
+    """
+    art = pose(thing.kind, thing.angle, thing.mirrored)
+    side = (thing.size * art.width + 32) // 64
+    shift = (side - thing.size) // 2
+    art = art.resize((side, side), Image.Resampling.BICUBIC)
+    return art, thing.left - shift, thing.top - shift
+
+
+# cell b0e7b1a3
 @dataclass(frozen=True)
 class Ground:
     """What lies behind the things.
@@ -241,25 +272,40 @@ class Ground:
     seed: int = 0
 
 
+# cell 99f07b62
 def ramp(direction: tuple[int, int], side: int) -> np.ndarray:
     """Steps walked across a square in one direction, from 0.
 
-    returns   int[side, side]
+    returns   int32[side, side]
     """
     dx, dy = direction
-    y, x = np.mgrid[:side, :side]
-    steps = dx * x + dy * y
+    line = np.arange(side, dtype=np.int32)
+    steps = dx * line + dy * line[:, None]
     return steps - steps.min()
 
 
+# cell f22edb6c
+def noise(seed: int, amount: int, side: int) -> np.ndarray:
+    """Grey noise, uniform from -amount to amount.
+
+    returns   int32[side, side, 1]; eight pixels share a random number,
+              lowest byte first
+    """
+    numbers = Stream(seed).many(-(-side * side // 8))
+    grains = numbers.astype("<u8").view(np.uint8)[: side * side]
+    level = (grains.astype(np.int32) * (2 * amount + 1) >> 8) - amount
+    return level.reshape(side, side, 1)
+
+
+# cell 3601a430
 def ground_pixels(ground: Ground, side: int = 128) -> np.ndarray:
     """Paint a ground, with whole numbers only.
 
     returns   uint8[side, side, 3]
     raises    ValueError for a pattern that is not one of the four
     """
-    colour, other = np.array([ground.colour, ground.other])
-    flat = np.zeros((side, side, 1), int)
+    colour, other = np.array([ground.colour, ground.other], np.int32)
+    flat = np.zeros((side, side, 1), np.int32)
     if ground.pattern == "plain":
         pixels = flat + colour
     elif ground.pattern == "shaded":
@@ -279,18 +325,7 @@ def ground_pixels(ground: Ground, side: int = 128) -> np.ndarray:
     return pixels.clip(0, 255).astype(np.uint8)
 
 
-def noise(seed: int, amount: int, side: int) -> np.ndarray:
-    """Grey noise, uniform from -amount to amount.
-
-    returns   int[side, side, 1]; eight pixels share a random number,
-              lowest byte first
-    """
-    numbers = Stream(seed).many(-(-side * side // 8))
-    grains = numbers.astype("<u8").view(np.uint8)[: side * side]
-    level = (grains.astype(int) * (2 * amount + 1) >> 8) - amount
-    return level.reshape(side, side, 1)
-
-
+# cell 3daf335e
 @dataclass(frozen=True)
 class World:
     """What may appear in a picture; every range is used evenly.
@@ -323,6 +358,7 @@ class World:
 FIRST_WORLD = World()
 
 
+# cell c384c3d6
 def draw_ground(stream: Stream, world: World) -> Ground:
     """Choose what lies behind the things."""
     low, high = world.colours
@@ -343,6 +379,7 @@ def draw_ground(stream: Stream, world: World) -> Ground:
     )
 
 
+# cell 3a043163
 def draw_things(stream: Stream, world: World) -> list[Thing]:
     """Choose kinds, sizes and angles; all at 0, 0 so far.
 
@@ -361,6 +398,7 @@ def draw_things(stream: Stream, world: World) -> list[Thing]:
     return things
 
 
+# cell 8e88fe2a
 def shared_area(a: Thing, b: Thing) -> int:
     """How much the squares of two things overlap, square px."""
     right = min(a.left + a.size, b.left + b.size)
@@ -369,6 +407,7 @@ def shared_area(a: Thing, b: Thing) -> int:
     return wide * max(0, bottom - max(a.top, b.top))
 
 
+# cell a9eddeb3
 def find_place(
     thing: Thing, others: Sequence[Thing], stream: Stream, world: World
 ) -> Thing | None:
@@ -391,6 +430,7 @@ def find_place(
     return None
 
 
+# cell a45007d3
 def arrange(
     things: Sequence[Thing], stream: Stream, world: World
 ) -> list[Thing]:
@@ -418,6 +458,7 @@ def arrange(
     )
 
 
+# cell 0258e577
 def layout(
     seed: int, *, world: World = FIRST_WORLD
 ) -> tuple[list[Thing], Ground]:
@@ -432,6 +473,7 @@ def layout(
     return arrange(things, stream, world), ground
 
 
+# cell 3849c000
 @dataclass
 class Scene:
     """A picture with everything that is known about it.
@@ -459,6 +501,7 @@ class Scene:
         return {k: found[k] for k in sorted(found, key=catalogue().get)}
 
 
+# cell 1f5d5e3b
 def tight_box(mask: np.ndarray) -> tuple[int, int, int, int]:
     """The smallest box around the True pixels of bool[H, W].
 
@@ -473,6 +516,7 @@ def tight_box(mask: np.ndarray) -> tuple[int, int, int, int]:
     return left, top, right + 1, bottom + 1
 
 
+# cell 724de6d7
 def compose(
     things: Sequence[Thing],
     ground: Ground = Ground(),
@@ -487,10 +531,9 @@ def compose(
     image = Image.fromarray(ground_pixels(ground, size)).convert("RGBA")
     paint = np.zeros((len(things), size, size), bool)
     for i, thing in enumerate(things):
-        art = stamp(thing.kind, thing.size, thing.angle, thing.mirrored)
-        shift = (art.width - thing.size) // 2
+        art, left, top = stamp(thing)
         layer = Image.new("RGBA", (size, size))
-        layer.paste(art, (thing.left - shift, thing.top - shift))
+        layer.paste(art, (left, top))
         image = Image.alpha_composite(image, layer)
         paint[i] = np.asarray(layer.getchannel("A")) > 127
         if not paint[i].any():
@@ -502,27 +545,28 @@ def compose(
     return Scene(seed, ground, list(things), image, boxes, paint)
 
 
+# cell 0247a4cb
 def scene(seed: int, *, world: World = FIRST_WORLD) -> Scene:
     """The scene of a seed: the same one, always and everywhere.
 
-    seed     int, 0 to 2**64 - 1
+    seed     int, 0 to 2**64 - 1; see TRAINING_SEEDS and TEST_SEEDS
     raises   ValueError if the world is too crowded to arrange
     """
     things, ground = layout(seed, world=world)
     return compose(things, ground, world.side, seed)
 
 
+# cell aafd656f
 def count_word(n: int) -> str:
     """A number from 0 to 12 as a word."""
-    words = (
-        "zero one two three four five six seven eight nine ten eleven "
-        "twelve"
-    ).split()
+    words = ["zero", "one", "two", "three", "four", "five", "six"]
+    words += ["seven", "eight", "nine", "ten", "eleven", "twelve"]
     if not 0 <= n < len(words):
         raise ValueError(f"count_word knows 0 to 12, got {n}")
     return words[n]
 
 
+# cell 466c47b4
 def noun_phrase(kind: str, count: int) -> str:
     """So many of a kind: "an apple", "two foxes"."""
     if count == 1:
@@ -531,6 +575,7 @@ def noun_phrase(kind: str, count: int) -> str:
     return f"{count_word(count)} {find_kind(kind).plural}"
 
 
+# cell 00dea35c
 def caption(scene: Scene, language: str = "en") -> str:
     """Say what a scene holds: kinds in catalogue order, with counts.
 
@@ -544,22 +589,7 @@ def caption(scene: Scene, language: str = "en") -> str:
     return " and ".join(filter(None, [start, *last]))
 
 
-def location_tokens(
-    box: Sequence[float], width: int, height: int
-) -> str:
-    """A box as four tokens in PaliGemma's order: y, x, y, x.
-
-    box       left, top, right, bottom in px
-    returns   "<locYYYY><locXXXX><locYYYY><locXXXX>": each value as a
-              part of the picture's side in steps of 1/1023, rounded,
-              halves to even
-    """
-    left, top, right, bottom = box
-    parts = top / height, left / width, bottom / height, right / width
-    steps = [min(max(round(part * 1023), 0), 1023) for part in parts]
-    return "".join(f"<loc{step:04d}>" for step in steps)
-
-
+# cell e6dc5b0c
 def detect_answer(scene: Scene, kinds: Sequence[str]) -> str:
     """Where things of the asked kinds are.
 
@@ -573,26 +603,30 @@ def detect_answer(scene: Scene, kinds: Sequence[str]) -> str:
         find_kind(kind)
         boxes = zip(scene.things, scene.boxes, strict=True)
         for box in sorted(b for thing, b in boxes if thing.kind == kind):
-            tokens = location_tokens(box, *scene.image.size)
+            tokens = location_tokens(box, scene.image.size)
             parts.append(f"{tokens} {kind}")
     return " ; ".join(parts)
 
 
+# cell 679ba321
 def count_answer(scene: Scene, kind: str) -> str:
     """How many things of a kind, as digits; "0" if none."""
     return str(scene.counts().get(find_kind(kind).name, 0))
 
 
+# cell 32ef8bee
 def detect_prompt(kinds: Sequence[str]) -> str:
     """Ask where things are: "detect cat ; dog"."""
     return f"detect {' ; '.join(kinds)}"
 
 
+# cell 4d03a768
 def count_prompt(kind: str) -> str:
     """Ask how many: "answer en how many cats are there?"."""
     return f"answer en how many {find_kind(kind).plural} are there?"
 
 
+# cell b7c7f450
 def asked_kinds(
     scene: Scene, rng: Stream, world: World = FIRST_WORLD
 ) -> list[str]:
@@ -612,11 +646,13 @@ def asked_kinds(
     return [first]
 
 
+# cell 9ed542d1
 def question(
     scene: Scene, rng: Stream, task: str, world: World = FIRST_WORLD
 ) -> tuple[str, str]:
     """A prompt about a scene, and its answer.
 
+    rng      not the stream that drew the scene: `question_stream`
     task     "caption", "detect" or "count"; one count in four is of a
              kind that is not there
     raises   ValueError for another task
@@ -635,13 +671,29 @@ def question(
     raise ValueError(f"task {task!r}: use caption, detect or count.")
 
 
+# cell 52425166
+def question_stream(scene: Scene) -> Stream:
+    """Random numbers for questions about a scene.
+
+    They are not those that drew the scene: else the first number would
+    decide both how many things there are and what is asked.
+    """
+    return Stream((scene.seed or 0) ^ 0x5EED)
+
+
+# cell 8765f7e8
 def examples(
-    scene: Scene, rng: Stream, n: int = 5, world: World = FIRST_WORLD
+    scene: Scene,
+    rng: Stream | None = None,
+    n: int = 5,
+    world: World = FIRST_WORLD,
 ) -> list[tuple[str, str]]:
     """n prompts with answers, all different where that is possible.
 
+    rng       where choices come from; None: `question_stream(scene)`
     returns   one caption, then detect and count in turn
     """
+    rng = rng or question_stream(scene)
     pairs = [question(scene, rng, "caption")][:n]
     while len(pairs) < n:
         task = ("count", "detect")[len(pairs) % 2]
@@ -653,6 +705,7 @@ def examples(
     return pairs
 
 
+# cell 16667c25
 def all_texts(world: World = FIRST_WORLD) -> Iterator[str]:
     """Prompts and answers that hold every word form of a world.
 
@@ -670,3 +723,8 @@ def all_texts(world: World = FIRST_WORLD) -> Iterator[str]:
         yield detect_prompt([kind])
         yield detect_prompt([kind, other])
         yield count_prompt(kind)
+
+
+# cell 43e434bc
+TEST_SEEDS = range(1_000_000)
+TRAINING_SEEDS = range(1_000_000, 2**63)

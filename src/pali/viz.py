@@ -20,6 +20,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, Normalize, TwoSlopeNorm
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 __all__ = [
@@ -75,6 +76,16 @@ MAGNITUDE = "cividis"
 SIGNED = LinearSegmentedColormap.from_list(
     "pali_signed",
     ["#00466E", ACCENT, "#8CC3E0", "#F7F7F4", "#F2BE6E", "#D97A00", "#8A3B00"],
+)
+UNIFORM = LinearSegmentedColormap.from_list(  # below 1.0 stays pale: most cells do
+    "pali_uniform",
+    [
+        (0.0, "#86B9D6"),
+        (0.5, "#F7F7F4"),
+        (0.65, "#F2BE6E"),
+        (0.85, "#D97A00"),
+        (1.0, "#8A3B00"),
+    ],
 )
 
 WIDTH = 6.4  # inches, every figure of the book
@@ -201,6 +212,8 @@ def _axes(ax: Axes | None, height: float, width: float = WIDTH) -> Axes:
 def _names(ax: Axes, axis: str, names: Sequence | None, limit: int = 40) -> None:
     """Label every cell, turning long names on their side."""
     if names is None:
+        which = ax.xaxis if axis == "x" else ax.yaxis
+        which.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
         return
     names = [str(name) for name in names]
     if len(names) > limit:
@@ -388,7 +401,7 @@ def mask_picture(
     title: str | None = None,
     *,
     ax: Axes | None = None,
-    height: float = 4.2,
+    height: float | None = None,
 ) -> Axes:
     """Who may look at whom: filled cells are allowed.
 
@@ -402,6 +415,8 @@ def mask_picture(
     if mask.ndim != 2:
         raise ValueError(f"a mask picture needs [T, S], got shape {mask.shape}")
     rows, columns = mask.shape
+    if height is None:
+        height = float(np.clip(1.3 + 3.4 * rows / columns, 1.8, 4.4))
     ax = _axes(ax, height)
     cmap = mpl.colors.ListedColormap(["#ECECE6", ACCENT])
     ax.imshow(mask, cmap=cmap, vmin=0, vmax=1, aspect="equal")
@@ -410,11 +425,10 @@ def mask_picture(
         ax.set_yticks(np.arange(rows + 1) - 0.5, minor=True)
         ax.grid(which="minor", color="white", linewidth=1)
         ax.tick_params(which="minor", length=0)
-    if names is not None:
-        if len(names) != columns:
-            raise ValueError(f"{columns} keys need {columns} names, got {len(names)}")
-        _names(ax, "x", names)
-        _names(ax, "y", list(names)[columns - rows :])
+    if names is not None and len(names) != columns:
+        raise ValueError(f"{columns} keys need {columns} names, got {len(names)}")
+    _names(ax, "x", names)
+    _names(ax, "y", None if names is None else list(names)[columns - rows :])
     if blocks is not None:
         if sum(size for _, size in blocks) != columns:
             raise ValueError(f"blocks {list(blocks)} do not add up to {columns} keys")
@@ -661,9 +675,7 @@ def scatter2d(
             label=kind or None,
         )
     for name, (x, y) in zip(names or [], points, strict=names is not None):
-        ax.annotate(
-            str(name), (x, y), (4, 3), textcoords="offset points", fontsize=9
-        )
+        ax.annotate(str(name), (x, y), (4, 3), textcoords="offset points", fontsize=9)
     if any(kinds):
         ax.legend()
     if equal:
@@ -753,14 +765,16 @@ def patch_grid(
     ax = picture(pixels, title, height=height, ax=ax)
     tall, wide = pixels.shape[:2]
     if tall % patch or wide % patch:
-        raise ValueError(f"{wide} × {tall} px is not a whole number of {patch} px patches")
+        raise ValueError(
+            f"{wide} × {tall} px is not a whole number of {patch} px patches"
+        )
     ax.hlines(np.arange(0, tall + 1, patch) - 0.5, -0.5, wide - 0.5, "white", lw=0.8)
     ax.vlines(np.arange(0, wide + 1, patch) - 0.5, -0.5, tall - 0.5, "white", lw=0.8)
     ax.set(xlim=(-0.5, wide - 0.5), ylim=(tall - 0.5, -0.5))
     for row, column in highlight:
         corner = (column * patch - 0.5, row * patch - 0.5)
         ax.add_patch(Rectangle(corner, patch, patch, fill=False, ec="white", lw=4))
-        ax.add_patch(Rectangle(corner, patch, patch, fill=False, ec=FAULT, lw=2))
+        ax.add_patch(Rectangle(corner, patch, patch, fill=False, ec=INK, lw=2))
     return ax
 
 
@@ -853,7 +867,7 @@ def attention_overlay(
     if uniform:
         cells = cells / max(share, 1e-12) * cells.size
         norm = _times_uniform(cells.max() if vmax is None else vmax)
-        cmap, label = SIGNED, "times uniform"
+        cmap, label = UNIFORM, "times uniform"
     else:
         norm, cmap, label = _norm(cells, False, 0.0, vmax), mpl.colormaps["cividis"], ""
         label = "attention weight"
@@ -913,7 +927,7 @@ def contact_sheet(
     sums = maps.sum(axis=(2, 3))
     if uniform:
         maps = maps / np.maximum(sums, 1e-12)[..., None, None] * maps[0, 0].size
-        norm, cmap = _times_uniform(maps.max() if vmax is None else vmax), SIGNED
+        norm, cmap = _times_uniform(maps.max() if vmax is None else vmax), UNIFORM
     else:
         norm, cmap = _norm(maps, False, 0.0, vmax), mpl.colormaps[MAGNITUDE]
     shares = shares and heads <= 6
@@ -1118,9 +1132,9 @@ def _svg(parts: Iterable[str], width, height, label: str, plain: str = "") -> Ht
 # chapter: (number, words in its box, x, y, width, height)
 CHAPTERS: dict[str, tuple[int, str, int, int, int, int]] = {
     "patches": (1, "patches", 24, 62, 186, 30),
-    "attention": (2, "attention", 32, 130, 82, 28),
+    "attention": (2, "attention", 30, 130, 78, 28),
     "vision": (3, "vision tower", 24, 106, 186, 58),
-    "contrastive": (4, "contrastive", 120, 130, 82, 28),
+    "contrastive": (4, "contrastive", 112, 130, 94, 28),
     "tokens": (5, "tokens", 270, 62, 186, 30),
     "norm": (6, "norm", 38, 262, 76, 28),
     "rope": (7, "rope", 120, 262, 76, 28),
@@ -1133,11 +1147,11 @@ CHAPTERS: dict[str, tuple[int, str, int, int, int, int]] = {
     "paligemma": (14, "PaliGemma", 10, 50, 460, 292),
     "weights": (15, "weights", 24, 360, 140, 30),
     "generation": (16, "generation", 270, 360, 186, 30),
-    "scenes": (17, "scenes", 10, 446, 86, 30),
-    "outlines": (18, "outlines", 104, 446, 86, 30),
-    "train": (19, "train", 198, 446, 80, 30),
-    "tasks": (23, "tasks", 286, 446, 80, 30),
-    "attention_maps": (24, "maps", 374, 446, 96, 30),
+    "scenes": (17, "scenes", 10, 462, 86, 30),
+    "outlines": (18, "outlines", 104, 462, 86, 30),
+    "train": (19, "train", 198, 462, 80, 30),
+    "tasks": (23, "tasks", 286, 462, 80, 30),
+    "attention_maps": (24, "maps", 374, 462, 96, 30),
 }
 GROUPS = ("vision", "decoder", "paligemma")  # boxes that hold other boxes
 
@@ -1161,8 +1175,8 @@ def model_map(lit: str | Sequence[str] | None = None) -> Html:
         _text(117, 34, "a picture", size=13, more=' font-style="italic"'),
         _text(363, 34, "“detect cat”", size=13, more=' font-style="italic"'),
         _text(363, 426, "“<loc…><loc…> cat”", size=13, more=' font-style="italic"'),
-        _text(10, 438, "learning", anchor="start"),
-        _text(286, 438, "using", anchor="start"),
+        _text(10, 454, "learning", anchor="start"),
+        _text(286, 454, "using", anchor="start"),
     ]
     arrows = [(117, 40, 61), (363, 40, 61), (117, 92, 105), (117, 164, 185)]
     arrows += [(363, 92, 185), (240, 216, 237), (363, 332, 359), (363, 390, 412)]
@@ -1181,7 +1195,7 @@ def model_map(lit: str | Sequence[str] | None = None) -> Html:
         "(norm, rope, gqa, mlp, cache, masks) reads it, and generation writes the "
         f"answer. {where}"
     )
-    return _svg(parts, 480, 486, label, f"<model map: {where}>")
+    return _svg(parts, 480, 500, label, f"<model map: {where}>")
 
 
 def _map_box(name: str, lit: bool, now: int) -> str:
@@ -1199,10 +1213,8 @@ def _map_box(name: str, lit: bool, now: int) -> str:
     box = f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="5" {look}/>'
     weight = ' font-weight="700"' if lit else ""
     label = f"{number} {words}"
-    if name == "paligemma":  # its name sits in the gap of its own lower border
-        return box + _text(x + 230, y + height - 4, "", fill=ink) + _text(
-            x + width - 8, y - 6, label, anchor="end", fill=ink, more=weight
-        )
+    if name == "paligemma":  # its name hangs below it, between two boxes
+        return box + _text(217, y + height + 16, label, fill=ink, more=weight)
     if group:
         return box + _text(x + 8, y + 17, label, anchor="start", fill=ink, more=weight)
     return box + _text(x + width / 2, y + height / 2 + 4, label, fill=ink, more=weight)
@@ -1251,7 +1263,9 @@ class explore:
             self.title = "explore"
         self.frames: dict[tuple[int, ...], str] = {}
         for key in itertools.product(*sizes):
-            values = {n: v[i] for (n, v), i in zip(self.choices.items(), key, strict=True)}
+            values = {
+                n: v[i] for (n, v), i in zip(self.choices.items(), key, strict=True)
+            }
             self.frames[key] = str(fn(**values))
 
     def __repr__(self) -> str:

@@ -1,0 +1,523 @@
+"""Training: from noise to a model that sees.
+
+Generated from notebooks/19_train.ipynb: edit the notebook, then run `make export`. Each
+block names the cell it comes from.
+"""
+
+import json
+import math
+import re
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import sentencepiece
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from pali import scenes
+from pali.decoder import DecoderConfig
+from pali.generation import generate
+from pali.masks import prefix_lm_mask
+from pali.paligemma import PaliGemma, PaliGemmaConfig
+from pali.patches import preprocess
+from pali.tokens import (
+    EOS,
+    IGNORE,
+    NUM_LOCATIONS,
+    NUM_SEGMENTS,
+    PAD,
+    Batch,
+    Box,
+    Processor,
+    Tokenizer,
+    pad_rows,
+    read_boxes,
+)
+from pali.vision import VisionConfig
+from pali.weights import load_model, save_model, write_files
+
+__all__ = [
+    "FIRST_TRAINING_SEED",
+    "Lessons",
+    "Settings",
+    "VOCABULARY",
+    "check_settings",
+    "load_checkpoint",
+    "match_boxes",
+    "mini_config",
+    "one_step",
+    "optimisers",
+    "overlap",
+    "pack",
+    "packed_mask",
+    "quick_check",
+    "rate_factor",
+    "read_log",
+    "save_checkpoint",
+    "smooth_locations",
+    "start_model",
+    "suffix_loss",
+    "train",
+    "train_tokenizer",
+    "true_boxes",
+]
+
+
+# cell 25691bf4
+FIRST_TRAINING_SEED = 1_000_000  # scenes below are for tests, never trained on
+VOCABULARY = 1792  # pieces in the tokenizer of the little world
+
+
+# cell fef56688
+@dataclass(frozen=True)
+class Settings:
+    """All that decides a training run; the same settings give the same curve.
+
+    steps            optimiser steps;  batch_size  pictures a step
+    questions        about one picture in one sequence, while packed
+    matrix_rate      learning rate of Muon, for the matrices of the blocks
+    other_rate       learning rate of AdamW, for all else
+    warmup           steps until the full rate
+    decay            last share of the steps, in which the rate falls to 0
+    plain            last share of the steps, one question a picture under
+                     the mask that inference uses
+    precision        "float32" or "bfloat16" (autocast)
+    checkpoint_every steps between checkpoints, each with an evaluation line
+    """
+
+    seed: int = 1
+    steps: int = 4000
+    batch_size: int = 32
+    questions: int = 5
+    matrix_rate: float = 0.01
+    other_rate: float = 0.002
+    weight_decay: float = 0.05
+    warmup: int = 100
+    decay: float = 0.4
+    plain: float = 0.12
+    precision: str = "float32"
+    checkpoint_every: int = 200
+    eval_scenes: int = 24
+
+
+# cell 4509abd5
+def mini_config(tokenizer: Tokenizer) -> PaliGemmaConfig:
+    """The shape of the shipped model: PaliGemma 1, only smaller.
+
+    The vocabulary is the tokenizer's, then `<image>`, filled up to a multiple
+    of 64 as in the released models.
+    """
+    vision = VisionConfig(
+        image_size=128, patch_size=8, width=128, num_layers=4, num_heads=4,
+        mlp_width=512,
+    )  # fmt: skip
+    decoder = DecoderConfig(
+        vocab_size=math.ceil((tokenizer.size + 1) / 64) * 64, width=128,
+        num_layers=4, num_heads=4, num_kv_heads=1, head_dim=32, mlp_width=384,
+        query_scale=32**-0.5, max_positions=1024,
+    )  # fmt: skip
+    return PaliGemmaConfig(vision, decoder, image_id=tokenizer.size)
+
+
+# cell fada8884
+def train_tokenizer(texts: Iterable[str], path: Path, vocab_size: int) -> None:
+    """Learn SentencePiece pieces from texts and write `tokenizer.model`.
+
+    vocab_size    all pieces, the 1,152 location and outline tokens included
+    note          the settings are those of Gemma's tokenizer: byte-pair
+                  merges, bytes for what is unknown, digits apart, no space
+                  put in front
+    """
+    names = [f"<loc{i:04d}>" for i in range(NUM_LOCATIONS)]
+    names += [f"<seg{i:03d}>" for i in range(NUM_SEGMENTS)]
+
+    def write(part: Path) -> None:
+        with part.open("wb") as file:
+            sentencepiece.SentencePieceTrainer.Train(
+                sentence_iterator=iter(texts), model_writer=file,
+                model_type="bpe", vocab_size=vocab_size, pad_id=0, eos_id=1,
+                bos_id=2, unk_id=3, byte_fallback=True, split_digits=True,
+                add_dummy_prefix=False, remove_extra_whitespaces=False,
+                normalization_rule_name="identity", character_coverage=1.0,
+                user_defined_symbols=["<mask>", "\n", "\n\n", *names],
+                minloglevel=2,
+            )  # fmt: skip
+
+    write_files(path.parent, {path.name: write})
+
+
+# cell d248bd16
+def smooth_locations(model: PaliGemma, tokenizer: Tokenizer, seed: int) -> None:
+    """Start location tokens as a smooth curve: neighbours nearly alike.
+
+    Sines of random phase and falling strength replace independent noise of
+    the same size, so what is learned of one place helps the next.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    width = model.config.decoder.width
+    place = torch.linspace(0, 1, NUM_LOCATIONS)[:, None]
+    waves = 24 * torch.rand(width, generator=generator) ** 2
+    phase = math.tau * torch.rand(width, generator=generator)
+    curve = torch.sin(math.tau * waves * place + phase) * (2 / width) ** 0.5
+    first = tokenizer.special["<loc0000>"]
+    with torch.no_grad():
+        model.decoder.embedding[first : first + NUM_LOCATIONS] = curve
+
+
+# cell e0ec66c6
+def packed_mask(lengths: list[list[tuple[int, int]]], patches: int, T: int) -> Tensor:
+    """Several questions about one picture, none of which sees another.
+
+    lengths   for each row, (prefix, suffix) lengths of its pairs, in order
+    patches   image tokens, which come first and see only each other
+    returns   bool[B, 1, T, T]; each pair sees the picture and, as a
+              prefix-LM, itself
+    """
+    mask = torch.eye(T, dtype=torch.bool).repeat(len(lengths), 1, 1)
+    mask[:, :patches, :patches] = True
+    for row, pairs in zip(mask, lengths, strict=True):
+        start = patches
+        for prefix, suffix in pairs:
+            end = start + prefix + suffix
+            is_suffix = torch.arange(prefix + suffix)[None] >= prefix
+            inside = prefix_lm_mask(torch.ones_like(is_suffix), is_suffix)
+            row[start:end, :patches] = True
+            row[start:end, start:end] = inside[0, 0]
+            start = end
+    return mask[:, None]
+
+
+# cell 0de976de
+def pack(processor: Processor, images: list, rows: list[list[tuple[str, str]]]):
+    """A batch with all questions about a picture in one sequence.
+
+    rows      for each picture, (prompt, answer) pairs
+    returns   Batch, mask bool[B, 1, T, T], positions int64[B, T]; positions
+              of each pair start again behind the picture
+    """
+    N = processor.num_patches
+    ids, labels, places, lengths = [], [], [], []
+    for pairs in rows:
+        ids.append([processor.image_id] * N)
+        labels.append([IGNORE] * N)
+        places.append(list(range(N)))
+        lengths.append([])
+        for prompt, answer in pairs:
+            head = processor.prompt_ids(prompt, num_images=0)
+            tail = processor.tokenizer.encode(answer) + [EOS]
+            ids[-1] += head + tail
+            labels[-1] += [IGNORE] * len(head) + tail
+            places[-1] += range(N, N + len(head + tail))
+            lengths[-1].append((len(head), len(tail)))
+    valid = pad_rows([[True] * len(row) for row in ids], False, "right")
+    targets = pad_rows(labels, IGNORE, "right")
+    pixels = torch.stack([preprocess(i, processor.image_size) for i in images])
+    batch = Batch(
+        pixels, pad_rows(ids, PAD, "right"), valid, targets != IGNORE, targets
+    )
+    mask = packed_mask(lengths, N, valid.shape[1])
+    return batch, mask, pad_rows(places, 0, "right")
+
+
+# cell e1b4cb3b
+def suffix_loss(
+    model: PaliGemma, batch: Batch, mask: Tensor | None = None,
+    positions: Tensor | None = None,
+) -> Tensor:
+    """Mean cross-entropy of answer tokens, each predicted from the one before.
+
+    mask, positions    override what would be derived, as in `PaliGemma.forward`
+    returns            float32, a scalar, nats a token
+    note               logits are made for the supervised places alone
+    source             Beyer et al. 2024, section 3.1
+    """
+    x = model.embed(batch.ids, model.encode(batch.pixels))
+    if mask is None:
+        mask = prefix_lm_mask(batch.valid, batch.suffix)
+    if positions is None:
+        positions = (batch.valid.long().cumsum(1) - 1).clamp(min=0)
+    x = model.decoder(x, positions, mask)
+    targets = batch.labels[:, 1:]  # the token after each place
+    taught = targets != IGNORE
+    logits = model.decoder.logits(x[:, :-1][taught])
+    return F.cross_entropy(logits.float(), targets[taught])
+
+
+# cell 85447480
+class Lessons(torch.utils.data.Dataset):
+    """What is shown at each step: a function of the settings and the step."""
+
+    def __init__(self, settings: Settings, processor: Processor) -> None:
+        self.settings, self.processor = settings, processor
+
+    def __len__(self) -> int:
+        return self.settings.steps
+
+    def is_packed(self, step: int) -> bool:
+        return step < round(self.settings.steps * (1 - self.settings.plain))
+
+    def __getitem__(self, step: int):
+        s = self.settings
+        packed = self.is_packed(step)
+        start = FIRST_TRAINING_SEED + s.seed * 2**32 + step * s.batch_size
+        drawn = [scenes.scene(start + i) for i in range(s.batch_size)]
+        rows = [
+            scenes.examples(scene, scenes.Stream(scene.seed ^ 0x5EED), s.questions)
+            for scene in drawn
+        ]
+        images = [scene.image for scene in drawn]
+        if packed:
+            return pack(self.processor, images, rows)
+        pairs = [row[i % s.questions] for i, row in enumerate(rows)]
+        prompts, answers = zip(*pairs, strict=True)
+        return self.processor(images, list(prompts), list(answers), "right"), None, None
+
+
+# cell afd722e5
+def optimisers(model: PaliGemma, settings: Settings) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the blocks, AdamW for everything else.
+
+    source    Jordan et al. 2024; Loshchilov & Hutter 2019
+    """
+    matrices, others = [], []
+    for name, weight in model.named_parameters():
+        inside = ".blocks." in name and weight.dim() == 2
+        (matrices if inside else others).append(weight)
+    return [
+        torch.optim.Muon(
+            matrices, lr=settings.matrix_rate, weight_decay=settings.weight_decay
+        ),
+        torch.optim.AdamW(
+            others, lr=settings.other_rate, betas=(0.9, 0.98), weight_decay=0.0
+        ),
+    ]
+
+
+# cell 093bbdc5
+def rate_factor(step: int, settings: Settings) -> float:
+    """What the learning rates are multiplied by: up, level, then down to 0."""
+    up = (step + 1) / settings.warmup
+    down = (settings.steps - step) / (settings.decay * settings.steps)
+    return min(1.0, up, down)
+
+
+# cell c62e6852
+def save_checkpoint(path: Path, model, optimizers, step: int) -> None:
+    """All that is needed to go on, in one file: weights, moments, step."""
+    tensors = {f"model.{k}": v.detach() for k, v in model.state_dict().items()}
+    for i, optimizer in enumerate(optimizers):
+        for j, state in optimizer.state_dict()["state"].items():
+            for key, value in state.items():
+                tensors[f"optimizer.{i}.{j}.{key}"] = torch.as_tensor(value)
+    tensors = {k: v.contiguous().cpu().clone() for k, v in tensors.items()}
+    meta = {"step": str(step)}
+    write_files(path.parent, {path.name: lambda part: save_file(tensors, part, meta)})
+
+
+# cell 93d7eb71
+def load_checkpoint(path: Path, model, optimizers) -> int:
+    """Go back to a checkpoint; returns the number of steps done."""
+    with safe_open(path, framework="pt") as file:
+        step = int(file.metadata()["step"])
+    tensors = load_file(path)
+    model.load_state_dict(
+        {k[6:]: v for k, v in tensors.items() if k.startswith("model.")}
+    )
+    for i, optimizer in enumerate(optimizers):
+        state: dict[int, dict] = {}
+        for name, value in tensors.items():
+            if name.startswith(f"optimizer.{i}."):
+                _, _, j, key = name.split(".", 3)
+                state.setdefault(int(j), {})[key] = value
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
+    return step
+
+
+# cell f5334022
+def read_log(path: Path, before: int | None = None) -> list[dict]:
+    """The lines of a training log, at most those of the first `before` steps."""
+    if not path.is_file():
+        return []
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:  # a line cut off when the run was stopped
+            break
+    return [x for x in lines if before is None or x.get("step", 0) <= before]
+
+
+# cell 8fb72332
+def overlap(a: Box, b: Box) -> float:
+    """Intersection over union of two boxes, 0 to 1."""
+    left, top = max(a.xyxy[0], b.xyxy[0]), max(a.xyxy[1], b.xyxy[1])
+    right, bottom = min(a.xyxy[2], b.xyxy[2]), min(a.xyxy[3], b.xyxy[3])
+    shared = max(right - left, 0) * max(bottom - top, 0)
+    areas = [(x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in (a.xyxy, b.xyxy)]
+    return shared / (sum(areas) - shared)
+
+
+# cell 2956bb74
+def match_boxes(found: list[Box], truth: list[Box], least: float = 0.5) -> list[float]:
+    """Pair found boxes with true ones of the same label, best overlap first.
+
+    returns   the overlap of each pair, all at least `least`; no box twice
+    """
+    pairs = sorted(
+        (
+            (overlap(a, b), i, j)
+            for i, a in enumerate(found)
+            for j, b in enumerate(truth)
+            if a.label == b.label
+        ),
+        reverse=True,
+    )
+    seen_i, seen_j, overlaps = set(), set(), []
+    for value, i, j in pairs:
+        if value >= least and i not in seen_i and j not in seen_j:
+            seen_i.add(i)
+            seen_j.add(j)
+            overlaps.append(value)
+    return overlaps
+
+
+# cell 8c19d35f
+def true_boxes(scene: scenes.Scene, kinds: Iterable[str]) -> list[Box]:
+    """The boxes of the things of these kinds."""
+    wanted = set(kinds)
+    return [
+        Box(thing.kind, tuple(map(float, box)))
+        for thing, box in zip(scene.things, scene.boxes, strict=True)
+        if thing.kind in wanted
+    ]
+
+
+# cell 23e07e57
+def quick_check(model: PaliGemma, processor: Processor, seeds: Iterable[int]) -> dict:
+    """Captions and counts exactly right, and boxes found, on unseen scenes.
+
+    returns   shares from 0 to 1: caption, count, and F1 of boxes at IoU 0.5
+    """
+    drawn = [scenes.scene(seed) for seed in seeds]
+    images = [scene.image for scene in drawn]
+    shares, pairs = {}, {}
+    for task in ("caption", "count", "detect"):
+        pairs[task] = [
+            scenes.question(s, scenes.Stream(s.seed), task) for s in drawn
+        ]
+        answers = generate(
+            model, processor, images, [p for p, _ in pairs[task]], max_new_tokens=64
+        )
+        right = [a == t for a, (_, t) in zip(answers, pairs[task], strict=True)]
+        shares[task] = sum(right) / len(right)
+    hits = wanted = given = 0
+    for scene, text, (_, truth) in zip(drawn, answers, pairs["detect"], strict=True):
+        found, real = (read_boxes(t, scene.image.size) for t in (text, truth))
+        hits += len(match_boxes(found, real))
+        wanted, given = wanted + len(real), given + len(found)
+    shares["detect"] = 2 * hits / max(wanted + given, 1)
+    return shares
+
+
+# cell b7594162
+def start_model(out: Path, settings: Settings) -> tuple[PaliGemma, Processor]:
+    """A model with fresh weights, and the tokenizer of its world."""
+    path = out / "tokenizer.model"
+    if not path.is_file():
+        train_tokenizer(scenes.all_texts(), path, vocab_size=VOCABULARY)
+    tokenizer = Tokenizer(path)
+    config = mini_config(tokenizer)
+    torch.manual_seed(settings.seed)
+    model = PaliGemma(config)
+    smooth_locations(model, tokenizer, settings.seed)
+    vision = config.vision
+    processor = Processor(
+        tokenizer, vision.image_size, vision.num_patches, config.image_id
+    )
+    return model, processor
+
+
+# cell e147fe0d
+def one_step(model, optimizers, lesson, factor: float, settings: Settings) -> float:
+    """Loss, gradients, one step of every optimiser; returns the loss."""
+    batch, mask, positions = lesson
+    half = settings.precision == "bfloat16"
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        loss = suffix_loss(model, batch, mask, positions)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for optimizer, rate in zip(
+        optimizers, (settings.matrix_rate, settings.other_rate), strict=True
+    ):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * factor
+        optimizer.step()
+        optimizer.zero_grad()
+    return loss.item()
+
+
+# cell ff1611a2
+def check_settings(out: Path, settings: Settings) -> None:
+    """Note the settings of a run; refuse to go on with others."""
+    path = out / "settings.json"
+    stated = asdict(settings)
+    if path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        other = [k for k in stated if before.get(k) != stated[k]]
+        if other:
+            raise ValueError(
+                f"{out} holds a run with other settings ({', '.join(other)}): choose "
+                "another folder, or the settings it was begun with"
+            )
+    text = json.dumps(stated, indent=2) + "\n"
+    write_files(out, {path.name: lambda p: p.write_text(text, encoding="utf-8")})
+
+
+# cell 227a17e1
+def train(settings: Settings, out: str | Path, workers: int = 1) -> Path:
+    """Train the little model, or go on where a run was stopped.
+
+    out       folder of the run: tokenizer, log.jsonl, checkpoint, and at the
+              end `model`, a checkpoint folder like any other
+    workers   processes that draw scenes; 0 draws them in this one
+    returns   the folder of the finished model
+    raises    ValueError if `out` holds a run with other settings
+    """
+    out = Path(out)
+    check_settings(out, settings)
+    model, processor = start_model(out, settings)
+    optimizers = optimisers(model, settings)
+    checkpoint, log = out / "checkpoint.safetensors", out / "log.jsonl"
+    done = load_checkpoint(checkpoint, model, optimizers) if checkpoint.exists() else 0
+    lines = [json.dumps(x) + "\n" for x in read_log(log, before=done)]
+    write_files(out, {log.name: lambda p: p.write_text("".join(lines))})
+    lessons = DataLoader(
+        Lessons(settings, processor), batch_size=None, num_workers=workers,
+        sampler=range(done, settings.steps),
+    )  # fmt: skip
+    bar = tqdm(lessons, initial=done, total=settings.steps, unit="step")
+    for step, lesson in enumerate(bar, start=done):
+        began = time.perf_counter()
+        factor = rate_factor(step, settings)
+        loss = one_step(model, optimizers, lesson, factor, settings)
+        line = {"step": step + 1, "loss": round(loss, 5), "rate": round(factor, 5)}
+        line["seconds"] = round(time.perf_counter() - began, 3)
+        last = step + 1 == settings.steps
+        if (step + 1) % settings.checkpoint_every == 0 or last:
+            line |= quick_check(model, processor, range(settings.eval_scenes))
+            save_checkpoint(checkpoint, model, optimizers, step + 1)
+            shown = {k: line[k] for k in ("caption", "count", "detect")}
+            tqdm.write(f"step {step + 1}: loss {loss:.3f}, {shown}")
+        bar.set_postfix(loss=f"{loss:.3f}")
+        with log.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+    save_model(model.half(), out / "model", processor)
+    return out / "model"

@@ -1,0 +1,144 @@
+// Open every page of the built book in Chromium, as a reader would from the disk.
+//
+//   node tests/browser/check.mjs _build/html [part of a page's name]
+//
+// Each page is seen three times (light, dark, and 360 pixels wide), with everything
+// folded opened. What fails: an error in the console, a request that leaves the page's
+// folder, a broken picture, a violation that axe-core finds, sideways overflow.
+import fs from "node:fs";
+import path from "node:path";
+import { createRequire } from "node:module";
+import { execSync } from "node:child_process";
+import { pathToFileURL } from "node:url";
+import { chromium } from "playwright-core";
+
+const root = path.resolve(process.argv[2] ?? "_build/html");
+const wanted = process.argv[3] ?? "";
+const axe = fs.readFileSync(
+  createRequire(import.meta.url).resolve("axe-core/axe.min.js"),
+  "utf8",
+);
+const VIEWS = [
+  { name: "light", theme: "light", width: 1280 },
+  { name: "dark", theme: "dark", width: 1280 },
+  { name: "narrow", theme: "light", width: 360 },
+];
+
+function findBrowser() {
+  const names = ["chromium", "chromium-browser", "google-chrome", "chrome"];
+  for (const name of [process.env.CHROMIUM, ...names].filter(Boolean)) {
+    try {
+      return execSync(`command -v "${name}"`, { encoding: "utf8" }).trim();
+    } catch {
+      // the next one
+    }
+  }
+  throw new Error("no Chromium found: install it or name it in CHROMIUM");
+}
+
+function* htmlFiles(folder) {
+  for (const entry of fs.readdirSync(folder, { withFileTypes: true })) {
+    const there = path.join(folder, entry.name);
+    if (entry.isDirectory() && !entry.name.startsWith("_")) yield* htmlFiles(there);
+    else if (entry.name.endsWith(".html")) yield there;
+  }
+}
+
+// In the page: everything that is folded is opened, as if by clicks.
+function openEverything() {
+  for (const details of document.querySelectorAll("details")) details.open = true;
+  for (const button of document.querySelectorAll("button.toggle-button-hidden"))
+    button.click();
+  for (const image of document.images) image.loading = "eager";
+}
+
+// In the page: pictures that did not arrive.
+function brokenPictures() {
+  return [...document.images]
+    .filter((image) => !image.complete || image.naturalWidth === 0)
+    .map((image) => image.src.slice(0, 100));
+}
+
+// In the page: how far it can be scrolled sideways, and what sticks out.
+function overflow() {
+  const page = document.documentElement;
+  const over = page.scrollWidth - page.clientWidth;
+  if (over <= 0) return null;
+  const out = [...document.querySelectorAll("main *")]
+    .filter((node) => node.getBoundingClientRect().right > page.clientWidth + 1)
+    .slice(0, 3)
+    .map((node) => node.outerHTML.slice(0, 80));
+  return `${over} px wider than the window: ${out.join(" ")}`;
+}
+
+async function settled(page) {
+  await page.waitForFunction(() => document.readyState === "complete");
+  await page.evaluate(async () => {
+    if (window.MathJax?.startup?.promise) await window.MathJax.startup.promise;
+    await document.fonts.ready;
+  });
+  await page.waitForTimeout(200);
+}
+
+async function look(browser, file, view) {
+  const said = [];
+  const context = await browser.newContext({
+    colorScheme: view.theme,
+    viewport: { width: view.width, height: 900 },
+    reducedMotion: "reduce",
+  });
+  const page = await context.newPage();
+  page.on("console", (message) => {
+    if (message.type() === "error") said.push(`console: ${message.text()}`);
+  });
+  page.on("pageerror", (error) => said.push(`error: ${error}`));
+  page.on("request", (request) => {
+    if (!/^(file|data|blob|about):/.test(request.url()))
+      said.push(`leaves the page: ${request.url()}`);
+  });
+  page.on("requestfailed", (request) => said.push(`missing: ${request.url()}`));
+  await page.goto(pathToFileURL(file).href);
+  await settled(page);
+  await page.evaluate((theme) => {
+    document.documentElement.dataset.theme = theme;
+    document.documentElement.dataset.mode = theme;
+  }, view.theme);
+  await page.evaluate(openEverything);
+  await settled(page);
+  for (const source of await page.evaluate(brokenPictures))
+    said.push(`broken picture: ${source}`);
+  const over = await page.evaluate(overflow);
+  if (over) said.push(over);
+  await page.evaluate(axe);
+  const report = await page.evaluate(() =>
+    // preload would fetch the style sheets again, which file:// does not allow
+    globalThis.axe.run(document, { resultTypes: ["violations"], preload: false }),
+  );
+  for (const found of report.violations) {
+    said.push(`axe ${found.id}: ${found.help} (${found.nodes.length} places)`);
+    for (const node of found.nodes.slice(0, 2))
+      said.push(`    ${node.target.join(" ")} | ${node.html.slice(0, 120)}`);
+  }
+  await context.close();
+  return said;
+}
+
+const files = [...htmlFiles(root)].sort().filter((file) => file.includes(wanted));
+if (files.length === 0) throw new Error(`no pages in ${root}`);
+const browser = await chromium.launch({
+  executablePath: findBrowser(),
+  args: ["--no-sandbox", "--disable-gpu"],
+});
+let bad = 0;
+for (const file of files) {
+  for (const view of VIEWS) {
+    const said = await look(browser, file, view);
+    if (said.length === 0) continue;
+    bad += 1;
+    console.log(`${path.relative(root, file)} (${view.name})`);
+    for (const line of new Set(said)) console.log(`  ${line}`);
+  }
+}
+await browser.close();
+console.log(`${files.length} pages seen ${VIEWS.length} times, ${bad} with problems`);
+process.exitCode = bad ? 1 : 0;
