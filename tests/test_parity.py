@@ -43,8 +43,8 @@ def test_image_features_equal_the_reference(shape):
         want = reference(shape).model.get_image_features(batch.pixels)
         want = getattr(want, "pooler_output", want)
         got = ours(shape).encode(batch.pixels)
-    # features have spread 3 here; worst of 50 draws 8e-6
-    torch.testing.assert_close(got, want.reshape(got.shape), rtol=0, atol=1e-4)
+    # features have spread 1.3 here; worst of 48 cases 2.0e-6
+    torch.testing.assert_close(got, want.reshape(got.shape), rtol=0, atol=2e-5)
 
 
 @ALL
@@ -92,7 +92,7 @@ def test_attention_weights_equal_the_reference(shape):
         ).attentions  # fmt: skip
     for i, theirs in enumerate(want):
         mine = trace[f"decoder.{i}.attention"].transpose(1, 2)[batch.valid]
-        # weights are at most 1; worst seen 6e-6
+        # weights are at most 1; worst of these cases 8.2e-6
         torch.testing.assert_close(
             mine, theirs.transpose(1, 2)[batch.valid], rtol=0, atol=1e-4
         )
@@ -146,7 +146,8 @@ def test_bfloat16_is_as_near_to_float32_as_the_reference(shape, padding):
 
     We rotate and normalise in float32 where the reference partly rounds first, so
     the two differ; what counts is the distance of each from the same model in
-    float32. Logits have spread 0.12; the reference is 0.004 to 0.008 away.
+    float32. Logits have spread 0.12; the reference is 0.002 to 0.004 away on
+    average, up to 0.08 at worst (24 cases).
     """
     batch = rows(shape, prompts=(3, 9, 6), suffix=7, padding=padding)
     exact = reference_logits(shape, batch)[batch.valid]
@@ -154,8 +155,8 @@ def test_bfloat16_is_as_near_to_float32_as_the_reference(shape, padding):
     mine = our_logits(ours(shape, torch.bfloat16), batch)[batch.valid]
     assert mine.dtype == torch.bfloat16
     gap, allowed = (mine.float() - exact).abs(), (theirs - exact).abs()
-    assert gap.mean() < 1.25 * allowed.mean()  # measured 0.8 to 1.05
-    assert gap.max() < 2 * allowed.max()  # measured 0.6 to 1.3
+    assert gap.mean() < 1.25 * allowed.mean()  # measured 0.85 to 1.05
+    assert gap.max() < 4 * allowed.max()  # measured 0.57 to 1.78
 
 
 @BOTH

@@ -33,8 +33,14 @@ def place_features(x: Tensor, is_image: Tensor, features: Tensor) -> Tensor:
     is_image    bool[B, T], True on placeholders
     features    float[M, N, width], M pictures in row order, not scaled
     returns     float[B, T, width]
-    raises      ValueError if placeholders and features differ in number
+    raises      ValueError if placeholders and features differ in number, or
+                features have another width
     """
+    if features.dim() != 3 or features.shape[-1] != x.shape[-1]:
+        raise ValueError(
+            f"features must be float [pictures, patches, {x.shape[-1]}], "
+            f"got {list(features.shape)}"
+        )
     slots, patches = int(is_image.sum()), features.shape[0] * features.shape[1]
     if slots != patches:
         raise ValueError(

@@ -6,17 +6,20 @@ Each block names the cell it comes from.
 
 import math
 from collections.abc import Callable, Iterator
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
 
 from pali.attention import softmax
 from pali.cache import Cache
+from pali.decoder import DecoderConfig
 from pali.paligemma import PaliGemma
 from pali.tokens import EOS, PAD, Batch, Processor
 
 __all__ = [
     "TextStream",
+    "check_room",
     "check_sampling",
     "generate",
     "keep_top_k",
@@ -68,7 +71,7 @@ def pick(
               takes the best
     """
     logits = logits.float()
-    if temperature == 0:
+    if temperature < 1e-6:  # greedy in all but name, and division could overflow
         return logits.argmax(dim=-1)
     logits = logits / temperature
     if top_k is not None:
@@ -79,23 +82,25 @@ def pick(
 
 
 # cell de168bd3
-def check_sampling(max_new_tokens, temperature, top_k, top_p) -> None:
+def check_sampling(max_new_tokens, temperature, top_k, top_p, seed=None) -> None:
     """One clear sentence for a sampling number out of its range."""
 
     def number(x) -> bool:
-        return isinstance(x, (int, float)) and not isinstance(x, bool)
+        return isinstance(x, Real) and not isinstance(x, bool)
 
     def whole(x) -> bool:
-        return isinstance(x, int) and not isinstance(x, bool) and x >= 1
+        return isinstance(x, Integral) and not isinstance(x, bool)
 
-    if not whole(max_new_tokens):
+    if not whole(max_new_tokens) or max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be 1 or more, not {max_new_tokens!r}")
     if not number(temperature) or not 0 <= temperature < math.inf:
         raise ValueError(f"temperature must be 0 or more, not {temperature!r}")
-    if top_k is not None and not whole(top_k):
+    if top_k is not None and not (whole(top_k) and top_k >= 1):
         raise ValueError(f"top_k must be a whole number from 1, not {top_k!r}")
     if top_p is not None and not (number(top_p) and 0 < top_p <= 1):
         raise ValueError(f"top_p must be above 0 and at most 1, not {top_p!r}")
+    if seed is not None and not (whole(seed) and 0 <= seed < 2**63):
+        raise ValueError(f"seed must be a whole number from 0, not {seed!r}")
 
 
 # cell 0cdb0b4f
@@ -146,15 +151,38 @@ class TextStream:
 
     def add(self, i: int) -> None:
         """Take one id; a character of several bytes waits for its last byte."""
-        self.ended = self.ended or i == EOS
         if self.ended:
+            return
+        if i == EOS:
+            self.end()
             return
         self.ids.append(i)
         self.text = self.decode(self.ids)
-        if self.stream is not None and not self.text.endswith("\ufffd"):
-            piece, self.sent = self.text[self.sent :], len(self.text)
-            if piece:
-                self.stream(self.row, piece)
+        if not self.text.endswith("\ufffd"):
+            self.send()
+
+    def send(self) -> None:
+        """Hand on what has not been handed on yet."""
+        piece, self.sent = self.text[self.sent :], len(self.text)
+        if piece and self.stream is not None:
+            self.stream(self.row, piece)
+
+    def end(self) -> None:
+        """No more ids: an unfinished character comes as it is."""
+        self.ended = True
+        self.send()
+
+
+# cell ba46cede
+def check_room(config: DecoderConfig, length: int, max_new_tokens: int) -> None:
+    """Prompt and answer must fit into what the decoder was trained for."""
+    room = config.max_positions - length
+    if max_new_tokens > room:
+        raise ValueError(
+            f"prompt and picture take {length} tokens, which leaves {max(room, 0)} "
+            f"of {config.max_positions}: shorten the prompt or lower max_new_tokens "
+            f"({max_new_tokens})"
+        )
 
 
 # cell 8128a0c9
@@ -182,20 +210,16 @@ def generate(
     trace              a list that receives one dict a step
     raises             ValueError for numbers out of range or too long a prompt
     """
-    check_sampling(max_new_tokens, temperature, top_k, top_p)
+    check_sampling(max_new_tokens, temperature, top_k, top_p, seed)
     device = model.decoder.embedding.device
     batch = processor(images, prompts).to(device)
-    room = model.config.decoder.max_positions - batch.ids.shape[1]
-    if max_new_tokens > room:
-        raise ValueError(
-            f"prompt and picture take {batch.ids.shape[1]} tokens, which leaves "
-            f"{max(room, 0)} of {model.config.decoder.max_positions}: shorten the "
-            f"prompt or lower max_new_tokens ({max_new_tokens})"
-        )
+    check_room(model.config.decoder, batch.ids.shape[1], max_new_tokens)
     generator = torch.Generator(device)
     generator.seed() if seed is None else generator.manual_seed(seed)
 
     def choose(logits: Tensor) -> Tensor:
+        if not logits.isfinite().all():
+            raise ValueError("the logits are not finite: load with dtype=torch.float32")
         logits[:, processor.tokenizer.size :] = float("-inf")  # no token's rows
         return pick(
             logits, temperature=temperature, top_k=top_k, top_p=top_p,
@@ -206,4 +230,6 @@ def generate(
     for ids in steps(model, batch, max_new_tokens, choose, trace=trace):
         for row, i in zip(rows, ids.tolist(), strict=True):
             row.add(i)
+    for row in rows:
+        row.end()
     return [row.text for row in rows]

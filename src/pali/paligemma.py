@@ -22,9 +22,13 @@ __all__ = [
     "GEMMA2",
     "PaliGemma",
     "PaliGemmaConfig",
+    "check_cache",
     "check_inputs",
-    "check_mask",
+    "check_rows",
+    "fill_in",
+    "form",
     "last_valid",
+    "mask_per_layer",
     "published_config",
 ]
 
@@ -91,37 +95,85 @@ def last_valid(x: Tensor, valid: Tensor) -> Tensor:
     return x[torch.arange(x.shape[0], device=x.device), last][:, None]
 
 
+# cell c3d9171e
+def form(x) -> str:
+    """How an error describes a value: "torch.bool [2, 7]", or its type."""
+    if not isinstance(x, Tensor):
+        return type(x).__name__
+    return f"{x.dtype} {list(x.shape)}"
+
+
 # cell 36fe9735
-def check_inputs(ids: Tensor, vocab_size: int, **like: Tensor | None) -> None:
+def check_inputs(ids: Tensor, config: PaliGemmaConfig, **like) -> None:
     """One clear sentence for ids, valid, suffix or positions of a wrong form."""
+    rows = config.decoder.vocab_size
     if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.dtype != torch.int64:
-        raise ValueError("ids must be an int64 tensor [B, T]")
+        raise ValueError(f"ids must be torch.int64 [B, T], got {form(ids)}")
     if ids.numel() == 0:
         raise ValueError(f"ids must hold at least one token, got {list(ids.shape)}")
-    low, high = ids.aminmax()
-    if low < 0 or high >= vocab_size:
+    low, high = ids.masked_fill(ids == config.image_id, 0).aminmax()
+    if low < 0 or high >= rows:
         raise ValueError(
-            f"ids run from {low} to {high}, the vocabulary from 0 to {vocab_size - 1}"
+            f"ids run from {low} to {high}, the vocabulary from 0 to {rows - 1}"
         )
     for name, value in like.items():
         dtype = torch.int64 if name == "positions" else torch.bool
-        if value is not None and (value.shape != ids.shape or value.dtype != dtype):
-            raise ValueError(
-                f"{name} must be {dtype} {list(ids.shape)} like ids, "
-                f"got {value.dtype} {list(value.shape)}"
-            )
+        want = f"{dtype} {list(ids.shape)}"
+        if value is not None and form(value) != want:
+            raise ValueError(f"{name} must be {want} like ids, got {form(value)}")
+
+
+# cell c6c19df1
+def check_cache(cache: Cache, config: PaliGemmaConfig, rows: int) -> None:
+    """A cache serves the model and the number of rows it was made for."""
+    if not isinstance(cache, Cache) or cache.config != config.decoder:
+        raise ValueError("cache must be a pali.Cache made with this model's config")
+    if cache.batch_size != rows:
+        raise ValueError(f"the cache holds {cache.batch_size} rows, not {rows}")
+
+
+# cell 4e44b3d7
+def fill_in(
+    ids: Tensor, valid: Tensor | None, suffix: Tensor | None, past: int
+) -> tuple[Tensor, Tensor]:
+    """`valid` and `suffix` where the caller left them out.
+
+    past      tokens in the cache: after them, every token is suffix
+    raises    ValueError for prefix after the prefix
+    """
+    if past and suffix is not None and not suffix.all():
+        raise ValueError(
+            "after the prefix every token is suffix: the prefix is "
+            "bidirectional, so it must come whole in the first call"
+        )
+    valid = torch.ones_like(ids, dtype=torch.bool) if valid is None else valid
+    return valid, torch.full_like(valid, past > 0) if suffix is None else suffix
+
+
+# cell 8837698f
+def mask_per_layer(mask, shape: list[int], num_layers: int) -> list[Tensor]:
+    """A mask given by hand, or a list of them, as one mask for each layer.
+
+    raises    ValueError if their number, dtype or shape is wrong
+    """
+    masks = list(mask) if isinstance(mask, Sequence) else [mask] * num_layers
+    if len(masks) != num_layers:
+        raise ValueError(f"{len(masks)} masks for {num_layers} layers: give one each")
+    for one in masks:
+        if form(one) != f"torch.bool {shape}":
+            raise ValueError(f"mask must be torch.bool {shape}, got {form(one)}")
+    return masks
 
 
 # cell 88452814
-def check_mask(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A mask given by hand: right form, and no row without anything to see."""
-    if mask.dtype != torch.bool or tuple(mask.shape) != shape:
-        raise ValueError(
-            f"mask must be bool {list(shape)}, got {mask.dtype} {list(mask.shape)}"
-        )
-    if not mask.any(dim=-1).all():
-        raise ValueError("mask has a row without any True: every token must see one")
-    return mask
+def check_rows(masks: Sequence[Tensor]) -> None:
+    """No token may be left with nothing to look at: its weights would be NaN."""
+    for i, mask in enumerate(masks):
+        if not mask.any(dim=-1).all():
+            raise ValueError(
+                f"mask has a row without any True in layer {i} (its sliding window "
+                "counted): every token must see at least one"
+            )
 
 
 # cell a93e28b4
@@ -144,7 +196,7 @@ class PaliGemma(nn.Module):
     def encode(self, pixels: Tensor, trace: Trace = None) -> Tensor:
         """Pictures as soft tokens of the decoder's width; do it once a picture."""
         if not isinstance(pixels, Tensor) or not pixels.is_floating_point():
-            raise ValueError("pixels must be a float tensor [B, 3, S, S]")
+            raise ValueError(f"pixels must be float [B, 3, S, S], got {form(pixels)}")
         x = self.vision(pixels.to(self.decoder.embedding.dtype), trace)
         return self.projector(x)
 
@@ -163,30 +215,29 @@ class PaliGemma(nn.Module):
 
     def masks(
         self, valid, suffix, positions, cache: Cache | None, mask
-    ) -> list[Tensor | None] | Tensor | None:
-        """What each layer may look at: one mask for all, a list, or None for all."""
-        T = valid.shape[1]
+    ) -> list[Tensor | None]:
+        """What each layer may look at; None where a layer may look everywhere."""
+        config, (B, T) = self.config.decoder, valid.shape
         past = 0 if cache is None else cache.length - T
         keys = valid if cache is None else cache.valid[:, : past + T]
-        config = self.config.decoder
+        at = positions if cache is None else cache.positions[:, : past + T]
         if mask is not None:
-            shape = (valid.shape[0], 1, T, past + T)
-            given = mask if isinstance(mask, Sequence) else [mask] * config.num_layers
-            given = [check_mask(m, shape) for m in given]
+            given = mask_per_layer(mask, [B, 1, T, past + T], config.num_layers)
         elif keys.all() and (T == 1 or not (past or suffix.any())):
             given = [None] * config.num_layers  # everything may be seen
         else:
             one = cached_mask(keys, past) if past else prefix_lm_mask(valid, suffix)
             given = [one] * config.num_layers
         window = config.sliding_window
-        at = positions if cache is None else cache.positions[:, : past + T]
-        if window is None or int(at.max()) < window:
-            return given
-        near = window_mask(positions, at, suffix, window)
-        return [
-            m if config.window(i) is None else near if m is None else m & near
-            for i, m in enumerate(given)
-        ]
+        if window is not None and int(at.max() - at.min()) >= window:
+            near = window_mask(positions, at, suffix, window)
+            given = [
+                m if config.window(i) is None else near if m is None else m & near
+                for i, m in enumerate(given)
+            ]
+        if mask is not None:
+            check_rows(given)
+        return given
 
     def forward(
         self,
@@ -215,18 +266,13 @@ class PaliGemma(nn.Module):
         raises      ValueError with one sentence for input of a wrong form
         """
         check_inputs(
-            ids, self.config.decoder.vocab_size,
-            valid=valid, suffix=suffix, positions=positions,
-        )  # fmt: skip
-        past = 0 if cache is None else cache.length
-        if past and suffix is not None and not suffix.all():
-            raise ValueError(
-                "after the prefix every token is suffix: the prefix is "
-                "bidirectional, so it must come whole in the first call"
-            )
-        valid = torch.ones_like(ids, dtype=torch.bool) if valid is None else valid
-        if suffix is None:
-            suffix = torch.full_like(valid, past > 0)
+            ids, self.config, valid=valid, suffix=suffix, positions=positions
+        )
+        past = 0
+        if cache is not None:
+            check_cache(cache, self.config, len(ids))
+            past = cache.length
+        valid, suffix = fill_in(ids, valid, suffix, past)
         if features is None and pixels is not None:
             features = self.encode(pixels, trace)
         x = self.embed(ids, features)
@@ -235,6 +281,11 @@ class PaliGemma(nn.Module):
             positions = token_positions(valid, seen)
         if cache is not None:
             cache.begin(valid, positions)
-        masks = self.masks(valid, suffix, positions, cache, mask)
+        try:
+            masks = self.masks(valid, suffix, positions, cache, mask)
+        except ValueError:
+            if cache is not None:
+                cache.length = past  # the refused tokens did not come in
+            raise
         x = self.decoder(x, positions, masks, cache, trace)
         return self.decoder.logits(last_valid(x, valid) if last_only else x)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 
 __all__ = [
@@ -19,8 +19,71 @@ __all__ = [
     "open_picture",
     "patchify",
     "preprocess",
+    "read_picture",
     "unpatchify",
+    "upright",
 ]
+
+
+# cell 4e3946a4
+def on_white(image: Image.Image) -> Image.Image:
+    """A copy in RGB; a transparent picture is laid on white first.
+
+    note      16-bit grey keeps its upper 8 bits
+    raises    ValueError for modes I and F: their range is not known
+    """
+    if image.mode in ("I", "F"):
+        raise ValueError(
+            f"numbers of mode {image.mode} have no agreed black and "
+            "white; scale them to 0..255 and uint8 first"
+        )
+    if image.mode.startswith("I;16"):
+        high = np.asarray(image) >> 8
+        image = Image.fromarray(high.astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+# cell 65dcc2e9
+def upright(image: Image.Image) -> Image.Image:
+    """Turn a picture as its EXIF tag asks; a damaged tag is ignored."""
+    T = Image.Transpose
+    turns = {2: T.FLIP_LEFT_RIGHT, 3: T.ROTATE_180, 4: T.FLIP_TOP_BOTTOM}
+    turns |= {5: T.TRANSPOSE, 6: T.ROTATE_270, 7: T.TRANSVERSE}
+    turns |= {8: T.ROTATE_90}
+    try:
+        turn = turns.get(image.getexif().get(0x0112))  # orientation
+    except Exception:  # the picture itself may still be sound
+        turn = None
+    return image if turn is None else image.transpose(turn)
+
+
+# cell 9ec9a835
+def from_array(array: np.ndarray) -> Image.Image:
+    """A uint8 array [H, W], [H, W, 3] or [H, W, 4] as a PIL image."""
+    channels = array.shape[2:]
+    sound = array.ndim == 2 or channels in {(3,), (4,)}
+    if array.dtype != np.uint8 or not sound or array.size == 0:
+        raise ValueError(
+            "a picture array is uint8[H, W], [H, W, 3] or [H, W, 4], "
+            f"got {array.dtype}{list(array.shape)}"
+        )
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+# cell 34f422f5
+def read_picture(source: str | Path | bytes | Image.Image) -> Image.Image:
+    """Decode a file (of an animation its first frame) or take an image."""
+    if isinstance(source, Image.Image):
+        if 0 in source.size:
+            raise ValueError("it has no pixel")
+        return on_white(upright(source))
+    file = io.BytesIO(source) if isinstance(source, bytes) else source
+    with Image.open(file) as image:
+        return on_white(upright(image))
 
 
 # cell 6fa9855d
@@ -32,50 +95,26 @@ def open_picture(source) -> Image.Image:
     raises    ValueError if it is no picture, TypeError for other objects
     note      EXIF rotation is applied; what is transparent shows white
     """
-    if isinstance(source, (str, Path, bytes)):
-        name = f"{len(source)} bytes" if isinstance(source, bytes) else source
-        file = io.BytesIO(source) if isinstance(source, bytes) else source
-        try:
-            image = Image.open(file)
-            image.load()
-        except FileNotFoundError:
-            raise
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ValueError(f"cannot read a picture from {name}: {error}") from error
-    elif isinstance(source, np.ndarray):
-        image = from_array(source)
-    elif isinstance(source, Image.Image):
-        image = source
-    else:
+    if isinstance(source, np.ndarray):
+        return on_white(from_array(source))
+    if not isinstance(source, (str, Path, bytes, Image.Image)):
         raise TypeError(
             "a picture is a path, bytes, a PIL image or a uint8 array, "
             f"not {type(source).__name__}"
         )
-    return on_white(ImageOps.exif_transpose(image))
-
-
-# cell 9ec9a835
-def from_array(array: np.ndarray) -> Image.Image:
-    """A uint8 array [H, W], [H, W, 3] or [H, W, 4] as a PIL image."""
-    flat = array.ndim == 2
-    if array.dtype != np.uint8 or not (flat or array.shape[2:] in {(3,), (4,)}):
-        raise ValueError(
-            "a picture array is uint8[H, W], [H, W, 3] or [H, W, 4], "
-            f"got {array.dtype}{list(array.shape)}"
-        )
-    return Image.fromarray(np.ascontiguousarray(array))
-
-
-# cell 4e3946a4
-def on_white(image: Image.Image) -> Image.Image:
-    """Convert to RGB; a transparent picture is laid on white first."""
-    if image.mode == "RGB":
-        return image
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
+    try:
+        return read_picture(source)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # a damaged file can fail in any way
+        name, why = source, error
+        if isinstance(source, bytes):
+            name = f"{len(source)} bytes"
+        if isinstance(source, Image.Image):
+            name = f"an image of {source.width} x {source.height} px"
+        if isinstance(error, UnidentifiedImageError):
+            why = "it is no picture format that Pillow knows"
+        raise ValueError(f"cannot read a picture from {name}: {why}") from error
 
 
 # cell b7322d01
@@ -85,7 +124,7 @@ def preprocess(source, size: int) -> Tensor:
     source    whatever `open_picture` reads
     size      side of the square in pixels; the aspect ratio is not kept
     returns   float32[3, size, size]
-    source    resize with Pillow's bicubic filter on uint8, then x / 127.5 - 1,
+    note      resize with Pillow's bicubic filter on uint8, then x / 127.5 - 1,
               as the published processor does (Beyer et al. 2024)
     """
     image = open_picture(source)

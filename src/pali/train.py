@@ -57,6 +57,7 @@ __all__ = [
     "overlap",
     "pack",
     "packed_mask",
+    "parts",
     "quick_check",
     "rate_factor",
     "read_log",
@@ -88,6 +89,8 @@ class Settings:
     decay            last share of the steps, in which the rate falls to 0
     plain            last share of the steps, one question a picture under
                      the mask that inference uses
+    part             pictures that are computed at once; smaller parts stay in
+                     the processor's caches, the gradients add up to the same
     precision        "float32" or "bfloat16" (autocast)
     checkpoint_every steps between checkpoints, each with an evaluation line
     """
@@ -102,6 +105,7 @@ class Settings:
     warmup: int = 100
     decay: float = 0.4
     plain: float = 0.12
+    part: int = 16
     precision: str = "float32"
     checkpoint_every: int = 200
     eval_scenes: int = 24
@@ -445,23 +449,40 @@ def start_model(out: Path, settings: Settings) -> tuple[PaliGemma, Processor]:
     return model, processor
 
 
+# cell ed45ee12
+def parts(lesson, size: int):
+    """A lesson cut into smaller ones of at most `size` pictures."""
+    batch, mask, positions = lesson
+    for start in range(0, len(batch.ids), size):
+        rows = slice(start, start + size)
+        cut = {k: v[rows] for k, v in vars(batch).items()}
+        yield (
+            Batch(**cut),
+            None if mask is None else mask[rows],
+            None if positions is None else positions[rows],
+        )
+
+
 # cell e147fe0d
 def one_step(model, optimizers, lesson, factor: float, settings: Settings) -> float:
     """Loss, gradients, one step of every optimiser; returns the loss."""
-    batch, mask, positions = lesson
-    half = settings.precision == "bfloat16"
-    with torch.autocast("cpu", torch.bfloat16, enabled=half):
-        loss = suffix_loss(model, batch, mask, positions)
-    loss.backward()
+    taught = (lesson[0].labels[:, 1:] != IGNORE).sum()
+    total = 0.0
+    for part in parts(lesson, settings.part):
+        half = settings.precision == "bfloat16"
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            loss = suffix_loss(model, *part)
+        loss = loss * (part[0].labels[:, 1:] != IGNORE).sum() / taught
+        loss.backward()
+        total += loss.item()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    for optimizer, rate in zip(
-        optimizers, (settings.matrix_rate, settings.other_rate), strict=True
-    ):
+    rates = (settings.matrix_rate, settings.other_rate)
+    for optimizer, rate in zip(optimizers, rates, strict=True):
         for group in optimizer.param_groups:
             group["lr"] = rate * factor
         optimizer.step()
         optimizer.zero_grad()
-    return loss.item()
+    return total
 
 
 # cell ff1611a2

@@ -1116,12 +1116,14 @@ def _text(x, y, text, *, size=12, anchor="middle", fill="currentColor", more="")
     )
 
 
-def _svg(parts: Iterable[str], width, height, label: str, plain: str = "") -> Html:
+def _svg(
+    parts: Iterable[str], width, height, label: str, plain: str = "", shown: int = 0
+) -> Html:
     """One picture of SVG parts: no ids inside, so any number fits on a page."""
     return Html(
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" '
         f'role="img" aria-label="{html.escape(label, quote=True)}" '
-        f'style="width:100%;max-width:{width:g}px;height:auto;'
+        f'style="width:100%;max-width:{shown or width:g}px;height:auto;'
         f'font-family:system-ui,sans-serif">{"".join(parts)}</svg>',
         plain or f"<picture: {label}>",
     )
@@ -1195,7 +1197,7 @@ def model_map(lit: str | Sequence[str] | None = None) -> Html:
         "(norm, rope, gqa, mlp, cache, masks) reads it, and generation writes the "
         f"answer. {where}"
     )
-    return _svg(parts, 480, 500, label, f"<model map: {where}>")
+    return _svg(parts, 480, 500, label, f"<model map: {where}>", shown=580)
 
 
 def _map_box(name: str, lit: bool, now: int) -> str:

@@ -7,6 +7,8 @@ Each block names the cell it comes from.
 import json
 import os
 import shutil
+from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,12 +27,15 @@ __all__ = [
     "GEMMA_BLOCK",
     "TOP",
     "VISION_BLOCK",
+    "check_device",
     "check_dtype",
     "checkpoint_name",
     "config_json",
     "decoder_config",
     "drop_tied_head",
+    "empty_model",
     "find_folder",
+    "gemma2_config",
     "load",
     "load_model",
     "load_processor",
@@ -40,10 +45,12 @@ __all__ = [
     "read_config",
     "read_json",
     "read_tensors",
+    "real",
     "released_name",
     "save_model",
     "vision_config",
     "weight_files",
+    "whole",
     "write_files",
 ]
 
@@ -139,45 +146,79 @@ def read_json(path: Path) -> dict:
     return data
 
 
+# cell 0cd313e1
+def whole(data: dict, key: str, default: int | None = None) -> int:
+    """A size from a config: a whole number from 1.
+
+    raises    KeyError if it is omitted and has no default, ValueError if it
+              is something else
+    """
+    value = data.get(key)
+    if value is None and default is None:
+        raise KeyError(key)
+    value = default if value is None else value
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{key} must be a whole number from 1, not {value!r}")
+    return value
+
+
+# cell 36d7a893
+def real(data: dict, key: str, default: float) -> float | None:
+    """A factor from a config: a number above 0, or None where null is written."""
+    value = data.get(key, default)
+    if value is None or (type(value) in (int, float) and value > 0):
+        return value
+    raise ValueError(f"{key} must be a number above 0, not {value!r}")
+
+
 # cell f62f878a
 def vision_config(data: dict) -> VisionConfig:
     """The vision part of a config.json; what it omits has SigLIP's value."""
     return VisionConfig(
-        image_size=data.get("image_size", 224),
-        patch_size=data["patch_size"],
-        channels=data.get("num_channels", 3),
-        width=data["hidden_size"],
-        num_layers=data["num_hidden_layers"],
-        num_heads=data["num_attention_heads"],
-        mlp_width=data["intermediate_size"],
-        norm_eps=data.get("layer_norm_eps", 1e-6),
+        image_size=whole(data, "image_size", 224),
+        patch_size=whole(data, "patch_size"),
+        channels=whole(data, "num_channels", 3),
+        width=whole(data, "hidden_size"),
+        num_layers=whole(data, "num_hidden_layers"),
+        num_heads=whole(data, "num_attention_heads"),
+        mlp_width=whole(data, "intermediate_size"),
+        norm_eps=real(data, "layer_norm_eps", 1e-6),
+    )
+
+
+# cell 92f1c210
+def gemma2_config(config: DecoderConfig, data: dict) -> DecoderConfig:
+    """The same, with what only Gemma 2 has."""
+    return replace(
+        config,
+        query_scale=real(data, "query_pre_attn_scalar", 256) ** -0.5,
+        attention_cap=real(data, "attn_logit_softcapping", 50.0),
+        logit_cap=real(data, "final_logit_softcapping", 30.0),
+        sliding_window=real(data, "sliding_window", 4096),
     )
 
 
 # cell 49753c7a
 def decoder_config(data: dict) -> DecoderConfig:
     """The decoder's part of a config.json; what it omits has Gemma's value."""
-    head_dim = data.get("head_dim", 256)
-    rope = data.get("rope_parameters") or {}
     second = data["model_type"] == "gemma2"
-    scale = data.get("query_pre_attn_scalar", 256) if second else head_dim
-    return DecoderConfig(
+    head_dim = whole(data, "head_dim", 256)
+    rope = data.get("rope_parameters") or data  # transformers 5, or earlier
+    config = DecoderConfig(
         architecture=data["model_type"],
-        vocab_size=data["vocab_size"],
-        width=data["hidden_size"],
-        num_layers=data["num_hidden_layers"],
-        num_heads=data["num_attention_heads"],
-        num_kv_heads=data["num_key_value_heads"],
+        vocab_size=whole(data, "vocab_size"),
+        width=whole(data, "hidden_size"),
+        num_layers=whole(data, "num_hidden_layers"),
+        num_heads=whole(data, "num_attention_heads"),
+        num_kv_heads=whole(data, "num_key_value_heads"),
         head_dim=head_dim,
-        mlp_width=data["intermediate_size"],
-        norm_eps=data.get("rms_norm_eps", 1e-6),
-        rope_base=float(rope.get("rope_theta", data.get("rope_theta", 10_000.0))),
-        query_scale=scale**-0.5,
-        attention_cap=data.get("attn_logit_softcapping", 50.0) if second else None,
-        logit_cap=data.get("final_logit_softcapping", 30.0) if second else None,
-        sliding_window=data.get("sliding_window", 4096) if second else None,
-        max_positions=data.get("max_position_embeddings", 8192),
+        mlp_width=whole(data, "intermediate_size"),
+        norm_eps=real(data, "rms_norm_eps", 1e-6),
+        rope_base=float(real(rope, "rope_theta", 10_000.0)),
+        query_scale=head_dim**-0.5,
+        max_positions=whole(data, "max_position_embeddings", 8192),
     )
+    return gemma2_config(config, data) if second else config
 
 
 # cell 910f5f47
@@ -201,30 +242,35 @@ def read_config(folder: str | Path) -> PaliGemmaConfig:
             f"this book builds {' and '.join(DECODER_BLOCKS)}"
         )
     try:
-        image_id = data.get("image_token_index", data.get("image_token_id", 257_152))
+        alias = "image_token_index" if "image_token_index" in data else "image_token_id"
+        image_id = whole(data, alias, 257_152)
         return PaliGemmaConfig(vision_config(vision), decoder_config(text), image_id)
     except KeyError as error:
         raise ValueError(f"{path} lacks the key {error}") from error
-    except (TypeError, ValueError, ZeroDivisionError) as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{path} holds a value of a wrong kind: {error}") from error
 
 
 # cell 4131a5fc
 def weight_files(folder: Path) -> dict[str, list[str]]:
-    """The weight files of a folder and the keys that its index promises."""
+    """The weight files of a folder and the keys that its index promises.
+
+    note      a folder with both is read as transformers reads it: the single
+              file counts
+    """
     index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        if not (folder / "model.safetensors").is_file():
-            raise ValueError(
-                f"{folder} has neither model.safetensors nor {index.name}"
-            )
+    if (folder / "model.safetensors").is_file():
         return {"model.safetensors": []}
-    files: dict[str, list[str]] = {}
-    for key, name in read_json(index).get("weight_map", {}).items():
-        files.setdefault(name, []).append(key)
-    for name, keys in files.items():
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder / name} is missing: {index.name} says {keys[0]}")
+    if not index.is_file():
+        raise ValueError(f"{folder} has neither model.safetensors nor {index.name}")
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise ValueError(f"{index} lacks the key 'weight_map', or it is empty")
+    files = defaultdict(list)
+    for key, name in places.items():
+        if not isinstance(name, str) or not (folder / name).is_file():
+            raise ValueError(f"{folder / str(name)} is missing: {index.name} puts {key} there")
+        files[name].append(key)
     return files
 
 
@@ -249,6 +295,8 @@ def read_tensors(folder: Path) -> dict[str, tuple[Path, Tensor]]:
         for key, tensor in tensors.items():
             if not tensor.is_floating_point():
                 raise ValueError(f"{path}: {key} holds {tensor.dtype}, not floats")
+            if plain_name(key) in found:
+                raise ValueError(f"{path}: {key} comes a second time")
             found[plain_name(key)] = path, tensor
     return found
 
@@ -302,6 +350,28 @@ def check_dtype(dtype: torch.dtype | None) -> None:
         raise ValueError(f"dtype must be a torch float dtype or None, not {dtype!r}")
 
 
+# cell 49f04afb
+def check_device(device: str | torch.device) -> None:
+    """One sentence for a device that this machine or torch does not have."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device!r} cannot be used: {error}") from error
+
+
+# cell 3f75c17c
+def empty_model(config: PaliGemmaConfig, folder: Path) -> PaliGemma:
+    """A model without memory: names and shapes, no numbers ("meta" device).
+
+    raises    ValueError if the sizes in config.json do not fit together
+    """
+    try:
+        with torch.device("meta"):
+            return PaliGemma(config)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}") from error
+
+
 # cell b1b09c2a
 def load_model(
     folder: str | Path,
@@ -318,9 +388,9 @@ def load_model(
     raises    ValueError with one sentence that names the file and the key
     """
     check_dtype(dtype)
+    check_device(device)
     folder = find_folder(folder)
-    with torch.device("meta"):
-        model = PaliGemma(read_config(folder))
+    model = empty_model(read_config(folder), folder)
     found = read_tensors(folder)
     drop_tied_head(found)
     state = match_weights(model, found, folder)
@@ -333,7 +403,7 @@ def load_model(
 # cell 88b8d50b
 def find_folder(folder: str | Path) -> Path:
     """A checkpoint folder; the name "mini" stands for the shipped model."""
-    path = Path(__file__).parent / "mini" if str(folder) == "mini" else Path(folder)
+    path = Path(__file__).parent / "mini" if folder == "mini" else Path(folder)
     if not path.is_dir():
         raise ValueError(f"there is no checkpoint folder {path}")
     return path
@@ -359,7 +429,13 @@ def load_processor(folder: str | Path) -> Processor:
             raise ValueError(
                 f"{settings} asks for {stated} px, config.json for {size} px"
             )
-    return Processor(Tokenizer(path), size, patches, config.image_id)
+    tokenizer = Tokenizer(path)
+    if tokenizer.size > config.decoder.vocab_size:
+        raise ValueError(
+            f"{path} has {tokenizer.size} pieces, config.json room for only "
+            f"{config.decoder.vocab_size} (vocab_size)"
+        )
+    return Processor(tokenizer, size, patches, config.image_id)
 
 
 # cell 1e9afc20
@@ -370,7 +446,8 @@ def load(
     device: str | torch.device = "cpu",
 ) -> tuple[PaliGemma, Processor]:
     """Model and processor of a checkpoint folder, or of the shipped "mini"."""
-    return load_model(folder, dtype=dtype, device=device), load_processor(folder)
+    processor = load_processor(folder)  # first: it is quick to fail
+    return load_model(folder, dtype=dtype, device=device), processor
 
 
 # cell a7f92830
@@ -430,15 +507,21 @@ def preprocessor_json(processor: Processor) -> dict:
 def write_files(folder: Path, files: dict) -> None:
     """Write files beside their place and move them there, whole or not at all.
 
-    files    name -> function that writes to the path it is given
+    files     name -> function that writes to the path it is given
+    raises    OSError if that fails; what stood in the folder stays as it was
     """
     folder.mkdir(parents=True, exist_ok=True)
     beside = {name: folder / f".{name}.part" for name in files}
     try:
         for name, write in files.items():
+            beside[name].touch()
+            mode = beside[name].stat().st_mode
             write(beside[name])
+            beside[name].chmod(mode)  # safetensors would leave it private
         for name, path in beside.items():
             os.replace(path, folder / name)
+    except SafetensorError as error:
+        raise OSError(f"{folder} cannot be written: {error}") from error
     finally:
         for path in beside.values():
             path.unlink(missing_ok=True)
