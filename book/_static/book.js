@@ -1,15 +1,22 @@
-// A formula wider than the page scrolls sideways: let the keyboard reach it.
+// What is wider than the page scrolls sideways: let the keyboard reach it. The theme
+// does this once, when the page opens; formulas and folded cells come later.
 (function () {
+  const WIDE = '.bd-article pre, .bd-article mjx-container[display="true"]';
+
   function mark() {
-    for (const box of document.querySelectorAll('mjx-container[display="true"]')) {
-      if (box.scrollWidth > box.clientWidth + 1) box.setAttribute("tabindex", "0");
-      else box.removeAttribute("tabindex");
+    for (const box of document.querySelectorAll(WIDE)) {
+      const scrolls = box.scrollWidth > box.clientWidth + 1;
+      if (scrolls) box.setAttribute("tabindex", "0");
+      else if (box.getAttribute("tabindex") === "0") box.removeAttribute("tabindex");
     }
   }
+
   window.addEventListener("load", function () {
+    mark();
     const typeset = window.MathJax && window.MathJax.startup;
-    if (!typeset || !typeset.promise) return;
-    typeset.promise.then(mark);
-    window.addEventListener("resize", mark);
+    if (typeset && typeset.promise) typeset.promise.then(mark);
   });
+  window.addEventListener("resize", mark);
+  document.addEventListener("toggle", mark, true); // <details> does not bubble
+  document.addEventListener("click", () => window.setTimeout(mark, 0));
 })();

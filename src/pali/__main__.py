@@ -172,14 +172,14 @@ def train_command(options) -> None:
 
     from pali.train import Settings, train
 
-    if options.threads is not None:
-        if options.threads < 1:
-            raise Problem(f"--threads must be 1 or more, not {options.threads}")
-        torch.set_num_threads(options.threads)
     if options.workers < 0:
         raise Problem(f"--workers must be 0 or more, not {options.workers}")
-    values = {f.name: getattr(options, f.name) for f in fields(Settings)}
-    print(train(Settings(**values), options.out, workers=options.workers))
+    if options.threads is not None and options.threads < 1:
+        raise Problem(f"--threads must be 1 or more, not {options.threads}")
+    settings = Settings(**{f.name: getattr(options, f.name) for f in fields(Settings)})
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    print(train(settings, options.out, workers=options.workers))
 
 
 def memory_gb() -> float | None:

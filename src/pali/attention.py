@@ -29,8 +29,8 @@ def softmax(scores: Tensor, dim: int = -1) -> Tensor:
 
     scores    float, any shape
     returns   float32, same shape
-    note      the maximum is taken off first: the weights stay the same and
-              exp never overflows
+    note      the maximum is taken off first: the weights stay the same
+              and exp never overflows
     """
     scores = scores.float()
     scores = scores - scores.amax(dim, keepdim=True)
@@ -51,7 +51,7 @@ def attend_written_out(
     """Mix values by the softmax of scaled query-key products.
 
     q         float[B, H, T, Dh];  k, v  float[B, H, S, Dh]
-    mask      bool, broadcasts to [B, H, T, S], True where a query may look
+    mask      bool, broadcasts to [B, H, T, S], True: may look
     scale     factor on the products, Dh ** -0.5 if None
     softcap   if given, scores become softcap * tanh(scores / softcap)
     returns   mixed values float[B, H, T, Dh], weights float[B, H, T, S]
@@ -63,7 +63,7 @@ def attend_written_out(
         scores = softcap * torch.tanh(scores / softcap)
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
-    weights = scores.float().softmax(dim=-1).to(v.dtype)  # as `softmax`, in one pass
+    weights = scores.float().softmax(dim=-1).to(v.dtype)  # stable
     return weights @ v, weights
 
 
@@ -79,7 +79,7 @@ def attend(
     trace: Trace = None,
     name: str = "",
 ) -> Tensor:
-    """Attention by the fused kernel; written out where weights must be seen.
+    """Attention by the fused kernel; written out to show the weights.
 
     q, k, v, mask, scale, softcap    as in `attend_written_out`
     trace     if given, receives f"{name}.attention", float[B, H, T, S],
@@ -88,7 +88,9 @@ def attend(
     """
     if trace is None and softcap is None:
         return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
-    y, weights = attend_written_out(q, k, v, mask, scale=scale, softcap=softcap)
+    y, weights = attend_written_out(
+        q, k, v, mask, scale=scale, softcap=softcap
+    )
     if trace is not None:
         trace[f"{name}.attention"] = weights
     return y
@@ -96,19 +98,19 @@ def attend(
 
 # cell af8f5d00
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
-    """float[B, T, H * Dh] -> float[B, H, T, Dh]: each head its own slice."""
+    """float[B, T, H * Dh] -> float[B, H, T, Dh]: each head its slice."""
     return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
 # cell 20983b15
 def merge_heads(x: Tensor) -> Tensor:
-    """float[B, H, T, Dh] -> float[B, T, H * Dh]: the inverse of `split_heads`."""
+    """float[B, H, T, Dh] -> float[B, T, H * Dh], undoes `split_heads`."""
     return x.transpose(1, 2).flatten(2)
 
 
 # cell 133767ea
 class MultiHeadAttention(nn.Module):
-    """Several attentions side by side, each in its own slice of the width.
+    """Several attentions side by side, each in its slice of the width.
 
     x         float[B, T, width]
     returns   float[B, T, width]
@@ -118,7 +120,9 @@ class MultiHeadAttention(nn.Module):
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
         if width % num_heads:
-            raise ValueError(f"width {width} does not split into {num_heads} heads")
+            raise ValueError(
+                f"width {width} does not split into {num_heads} heads"
+            )
         self.num_heads = num_heads
         self.query = nn.Linear(width, width)
         self.key = nn.Linear(width, width)

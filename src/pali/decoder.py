@@ -29,7 +29,7 @@ __all__ = [
 # cell ad8f17e4
 @dataclass(frozen=True)
 class DecoderConfig:
-    """The shape of a decoder; the defaults are Gemma 2B's, in PaliGemma 1.
+    """The shape of a decoder; defaults: Gemma 2B, as in PaliGemma 1.
 
     architecture     "gemma" or "gemma2"
     query_scale      factor on query-key products
@@ -56,19 +56,19 @@ class DecoderConfig:
     max_positions: int = 8192
 
     def window(self, layer: int) -> int | None:
-        """How far back this layer may look: even layers slide, odd ones do not."""
+        """How far back a layer may look: even ones slide, odd do not."""
         return self.sliding_window if layer % 2 == 0 else None
 
 
 # cell 1c412461
 def soft_cap(x: Tensor, cap: float | None) -> Tensor:
-    """Squeeze values into (-cap, cap), nearly unchanged where they are small."""
+    """Squeeze values into (-cap, cap); small ones hardly change."""
     return x if cap is None else cap * torch.tanh(x / cap)
 
 
 # cell 8212917d
 class GemmaBlock(nn.Module):
-    """Attention, then MLP; each reads a normed copy and adds its result.
+    """Attention, then MLP; each reads a normed copy, adds its result.
 
     x         float[B, T, width] -> float[B, T, width]
     trace     receives f"{name}.attention" and f"{name}.residual"
@@ -79,15 +79,17 @@ class GemmaBlock(nn.Module):
         super().__init__()
         self.attention_norm = RMSNorm(config.width, config.norm_eps)
         self.attention = GroupedQueryAttention(
-            config.width, config.num_heads, config.num_kv_heads, config.head_dim,
-            scale=config.query_scale, softcap=config.attention_cap,
+            config.width, config.num_heads, config.num_kv_heads,
+            config.head_dim, scale=config.query_scale,
+            softcap=config.attention_cap,
         )  # fmt: skip
         self.mlp_norm = RMSNorm(config.width, config.norm_eps)
         self.mlp = GeGLU(config.width, config.mlp_width)
 
     def forward(
-        self, x: Tensor, table, mask=None, cache=None, trace: Trace = None, name=""
-    ) -> Tensor:
+        self, x: Tensor, table, mask=None, cache=None,
+        trace: Trace = None, name: str = "",
+    ) -> Tensor:  # fmt: skip
         x = x + self.attention(
             self.attention_norm(x), table, mask, cache, trace, name
         )
@@ -110,9 +112,12 @@ class Gemma2Block(GemmaBlock):
         self.mlp_out_norm = RMSNorm(config.width, config.norm_eps)
 
     def forward(
-        self, x: Tensor, table, mask=None, cache=None, trace: Trace = None, name=""
-    ) -> Tensor:
-        y = self.attention(self.attention_norm(x), table, mask, cache, trace, name)
+        self, x: Tensor, table, mask=None, cache=None,
+        trace: Trace = None, name: str = "",
+    ) -> Tensor:  # fmt: skip
+        y = self.attention(
+            self.attention_norm(x), table, mask, cache, trace, name
+        )
         x = x + self.attention_out_norm(y)
         x = x + self.mlp_out_norm(self.mlp(self.mlp_norm(x)))
         if trace is not None:
@@ -128,46 +133,55 @@ BLOCKS = {"gemma": GemmaBlock, "gemma2": Gemma2Block}
 class Decoder(nn.Module):
     """Token vectors in, vectors that predict the next token out.
 
-    embed(ids)       int64[B, T] -> float[B, T, width], scaled by sqrt(width)
-    forward(x, …)    float[B, T, width] -> float[B, T, width], final norm included
-    logits(x)        float[..., width] -> float[..., vocab_size], by the same
-                     matrix that embeds ("tied head")
+    embed(ids)       int64[B, T] -> float[B, T, width], times √width
+    forward(x, …)    float[B, T, width] -> the same, final norm included
+    logits(x)        float[..., width] -> float[..., vocab_size], by the
+                     same matrix that embeds ("tied head")
     """
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         if config.architecture not in BLOCKS:
             raise ValueError(
-                f"unknown decoder architecture {config.architecture!r}; "
+                "unknown decoder architecture "
+                f"{config.architecture!r}; "
                 f"this book builds {' and '.join(BLOCKS)}"
             )
         self.config = config
-        self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.width))
+        table = torch.empty(config.vocab_size, config.width)
+        self.embedding = nn.Parameter(table)
         nn.init.normal_(self.embedding, std=config.width**-0.5)
         block = BLOCKS[config.architecture]
-        self.blocks = nn.ModuleList(block(config) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(
+            block(config) for _ in range(config.num_layers)
+        )
         self.norm = RMSNorm(config.width, config.norm_eps)
 
     def embed(self, ids: Tensor) -> Tensor:
-        scale = torch.tensor(self.config.width**0.5, dtype=self.embedding.dtype)
-        return F.embedding(ids, self.embedding) * scale.item()
+        root, dtype = self.config.width**0.5, self.embedding.dtype
+        scale = torch.tensor(root, dtype=dtype).item()  # as in training
+        return F.embedding(ids, self.embedding) * scale
 
     def forward(
-        self, x: Tensor, positions: Tensor, mask=None, cache=None, trace: Trace = None
-    ) -> Tensor:
-        """positions int[B, T]; mask a bool[B, 1, T, S], one a layer, or None."""
-        config = self.config
-        table = rope_table(rope_angles(positions, config.head_dim, config.rope_base))
+        self, x: Tensor, positions: Tensor, mask=None, cache=None,
+        trace: Trace = None,
+    ) -> Tensor:  # fmt: skip
+        """positions int[B, T]; mask bool[B, 1, T, S] or one a layer."""
+        base = self.config.rope_base
+        angles = rope_angles(positions, self.config.head_dim, base)
+        table = rope_table(angles)  # once for all layers
         if trace is not None:
             trace["decoder.embedded"] = x
         for i, block in enumerate(self.blocks):
-            layer_mask = mask[i] if isinstance(mask, (list, tuple)) else mask
-            layer_cache = None if cache is None else cache.layer(i)
-            x = block(x, table, layer_mask, layer_cache, trace, f"decoder.{i}")
+            one_each = isinstance(mask, (list, tuple))
+            here = mask[i] if one_each else mask
+            store = None if cache is None else cache.layer(i)
+            x = block(x, table, here, store, trace, f"decoder.{i}")
         x = self.norm(x)
         if trace is not None:
             trace["decoder.output"] = x
         return x
 
     def logits(self, x: Tensor) -> Tensor:
-        return soft_cap(F.linear(x, self.embedding), self.config.logit_cap)
+        scores = F.linear(x, self.embedding)
+        return soft_cap(scores, self.config.logit_cap)

@@ -54,6 +54,7 @@ def upright(image: Image.Image) -> Image.Image:
     turns = {2: T.FLIP_LEFT_RIGHT, 3: T.ROTATE_180, 4: T.FLIP_TOP_BOTTOM}
     turns |= {5: T.TRANSPOSE, 6: T.ROTATE_270, 7: T.TRANSVERSE}
     turns |= {8: T.ROTATE_90}
+    image.load()  # a TIFF turns itself here, and drops the tag
     try:
         turn = turns.get(image.getexif().get(0x0112))  # orientation
     except Exception:  # the picture itself may still be sound
@@ -75,8 +76,10 @@ def from_array(array: np.ndarray) -> Image.Image:
 
 
 # cell 34f422f5
-def read_picture(source: str | Path | bytes | Image.Image) -> Image.Image:
-    """Decode a file (of an animation its first frame) or take an image."""
+def read_picture(
+    source: str | Path | bytes | Image.Image,
+) -> Image.Image:
+    """Decode a file, of an animation its first frame, or take an image."""
     if isinstance(source, Image.Image):
         if 0 in source.size:
             raise ValueError("it has no pixel")
@@ -90,9 +93,11 @@ def read_picture(source: str | Path | bytes | Image.Image) -> Image.Image:
 def open_picture(source) -> Image.Image:
     """Read a picture from anything that holds one, upright and in RGB.
 
-    source    path, bytes, PIL image, or array uint8[H, W], [H, W, 3 or 4]
+    source    path, bytes, PIL image, or array uint8[H, W],
+              uint8[H, W, 3] or uint8[H, W, 4]
     returns   PIL image in mode RGB
-    raises    ValueError if it is no picture, TypeError for other objects
+    raises    ValueError if it is no picture, FileNotFoundError if there
+              is none, TypeError for other objects
     note      EXIF rotation is applied; what is transparent shows white
     """
     if isinstance(source, np.ndarray):
@@ -114,25 +119,27 @@ def open_picture(source) -> Image.Image:
             name = f"an image of {source.width} x {source.height} px"
         if isinstance(error, UnidentifiedImageError):
             why = "it is no picture format that Pillow knows"
-        raise ValueError(f"cannot read a picture from {name}: {why}") from error
+        text = f"cannot read a picture from {name}: {why}"
+        raise ValueError(text) from error
 
 
 # cell b7322d01
 def preprocess(source, size: int) -> Tensor:
-    """The tensor the vision tower expects: squashed square, values -1 to 1.
+    """What the vision tower expects: a squashed square, values -1 to 1.
 
     source    whatever `open_picture` reads
     size      side of the square in pixels; the aspect ratio is not kept
     returns   float32[3, size, size]
-    note      resize with Pillow's bicubic filter on uint8, then x / 127.5 - 1,
-              as the published processor does (Beyer et al. 2024)
+    note      resize with Pillow's bicubic filter on uint8, then
+              x / 127.5 - 1, as the published processor does
     """
     image = open_picture(source)
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BICUBIC)
     pixels = np.asarray(image, dtype=np.float32) / np.float32(255)
     pixels = (pixels - np.float32(0.5)) / np.float32(0.5)
-    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+    pixels = np.ascontiguousarray(pixels.transpose(2, 0, 1))
+    return torch.from_numpy(pixels)
 
 
 # cell f5bb39bf
@@ -146,7 +153,9 @@ def patchify(pixels: Tensor, patch_size: int) -> Tensor:
     B, C, H, W = pixels.shape
     P = patch_size
     if H % P or W % P:
-        raise ValueError(f"a {W} x {H} picture does not divide into {P} px patches")
+        raise ValueError(
+            f"a {W} x {H} picture does not divide into {P} px patches"
+        )
     grid = pixels.view(B, C, H // P, P, W // P, P)
     return grid.permute(0, 2, 4, 1, 3, 5).reshape(B, -1, C * P * P)
 
@@ -178,13 +187,17 @@ class PatchEmbedding(nn.Module):
     source    Dosovitskiy et al. 2021
     """
 
-    def __init__(self, width: int, patch_size: int, channels: int = 3) -> None:
+    def __init__(
+        self, width: int, patch_size: int, channels: int = 3
+    ) -> None:
         super().__init__()
         self.patch_size = patch_size
-        self.weight = nn.Parameter(torch.empty(width, channels, *[patch_size] * 2))
+        shape = (width, channels, patch_size, patch_size)
+        self.weight = nn.Parameter(torch.empty(shape))
         self.bias = nn.Parameter(torch.zeros(width))
         nn.init.normal_(self.weight, std=(channels * patch_size**2) ** -0.5)
 
     def forward(self, pixels: Tensor) -> Tensor:
         patches = patchify(pixels, self.patch_size)  # [B, N, C * P * P]
-        return nn.functional.linear(patches, self.weight.flatten(1), self.bias)
+        filters = self.weight.flatten(1)  # [width, C * P * P]
+        return nn.functional.linear(patches, filters, self.bias)

@@ -508,11 +508,11 @@ def tight_box(mask: np.ndarray) -> tuple[int, int, int, int]:
     returns   left, top, right, bottom; right and bottom outside
     raises    ValueError if there is none
     """
-    rows, columns = mask.any(axis=1).nonzero(), mask.any(axis=0).nonzero()
-    if not rows[0].size:
+    (rows,), (columns,) = (mask.any(axis=i).nonzero() for i in (1, 0))
+    if not rows.size:
         raise ValueError("no pixel is True, so there is no box.")
-    top, bottom = rows[0][[0, -1]].tolist()
-    left, right = columns[0][[0, -1]].tolist()
+    top, bottom = rows[[0, -1]].tolist()
+    left, right = columns[[0, -1]].tolist()
     return left, top, right + 1, bottom + 1
 
 
@@ -601,8 +601,8 @@ def detect_answer(scene: Scene, kinds: Sequence[str]) -> str:
     parts = []
     for kind in kinds:
         find_kind(kind)
-        boxes = zip(scene.things, scene.boxes, strict=True)
-        for box in sorted(b for thing, b in boxes if thing.kind == kind):
+        pairs = zip(scene.things, scene.boxes, strict=True)
+        for box in sorted(b for t, b in pairs if t.kind == kind):
             tokens = location_tokens(box, scene.image.size)
             parts.append(f"{tokens} {kind}")
     return " ; ".join(parts)

@@ -110,6 +110,23 @@ class Settings:
     checkpoint_every: int = 200
     eval_scenes: int = 24
 
+    def __post_init__(self) -> None:
+        whole = ("steps", "batch_size", "questions", "warmup", "part")
+        for name in (*whole, "checkpoint_every", "eval_scenes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, not {getattr(self, name)}")
+        for name in ("matrix_rate", "other_rate", "decay"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(
+                    f"{name} must be above 0 and at most 1, not {getattr(self, name)}"
+                )
+        if not 0 <= self.plain <= 1:
+            raise ValueError(f"plain is a share from 0 to 1, not {self.plain}")
+        if self.precision not in ("float32", "bfloat16"):
+            raise ValueError(
+                f'precision is "float32" or "bfloat16", not {self.precision!r}'
+            )
+
 
 # cell 4509abd5
 def mini_config(tokenizer: Tokenizer) -> PaliGemmaConfig:
@@ -147,7 +164,8 @@ def train_tokenizer(texts: Iterable[str], path: Path, vocab_size: int) -> None:
             sentencepiece.SentencePieceTrainer.Train(
                 sentence_iterator=iter(texts), model_writer=file,
                 model_type="bpe", vocab_size=vocab_size, pad_id=0, eos_id=1,
-                bos_id=2, unk_id=3, byte_fallback=True, split_digits=True,
+                bos_id=2, unk_id=3, pad_piece="<pad>", eos_piece="<eos>",
+                bos_piece="<bos>", unk_piece="<unk>", byte_fallback=True, split_digits=True,
                 add_dummy_prefix=False, remove_extra_whitespaces=False,
                 normalization_rule_name="identity", character_coverage=1.0,
                 user_defined_symbols=["<mask>", "\n", "\n\n", *names],
@@ -273,7 +291,7 @@ class Lessons(torch.utils.data.Dataset):
         start = FIRST_TRAINING_SEED + s.seed * 2**32 + step * s.batch_size
         drawn = [scenes.scene(start + i) for i in range(s.batch_size)]
         rows = [
-            scenes.examples(scene, scenes.Stream(scene.seed ^ 0x5EED), s.questions)
+            scenes.examples(scene, scenes.question_stream(scene), s.questions)
             for scene in drawn
         ]
         images = [scene.image for scene in drawn]
@@ -415,7 +433,7 @@ def quick_check(model: PaliGemma, processor: Processor, seeds: Iterable[int]) ->
     shares, pairs = {}, {}
     for task in ("caption", "count", "detect"):
         pairs[task] = [
-            scenes.question(s, scenes.Stream(s.seed), task) for s in drawn
+            scenes.question(s, scenes.question_stream(s), task) for s in drawn
         ]
         answers = generate(
             model, processor, images, [p for p, _ in pairs[task]], max_new_tokens=64

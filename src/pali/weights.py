@@ -9,6 +9,7 @@ import os
 import shutil
 from collections import defaultdict
 from dataclasses import replace
+from importlib import resources
 from pathlib import Path
 
 import torch
@@ -136,7 +137,7 @@ def released_name(name: str) -> str:
 def read_json(path: Path) -> dict:
     """A JSON object from a file; one sentence if it is missing or broken."""
     if not path.is_file():
-        raise ValueError(f"{path.parent} is no checkpoint folder: it has no {path.name}")
+        raise ValueError(f"{path} is missing, so {path.parent} is no checkpoint folder")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -231,7 +232,8 @@ def read_config(folder: str | Path) -> PaliGemmaConfig:
     data = read_json(path)
     kind = data.get("model_type")
     text, vision = data.get("text_config"), data.get("vision_config")
-    if kind != "paligemma" or not isinstance(text, dict) or not isinstance(vision, dict):
+    parts = isinstance(text, dict) and isinstance(vision, dict)
+    if kind != "paligemma" or not parts:
         raise ValueError(
             f"{path} describes the architecture {kind!r}, not 'paligemma' with a "
             "text_config and a vision_config"
@@ -269,7 +271,9 @@ def weight_files(folder: Path) -> dict[str, list[str]]:
     files = defaultdict(list)
     for key, name in places.items():
         if not isinstance(name, str) or not (folder / name).is_file():
-            raise ValueError(f"{folder / str(name)} is missing: {index.name} puts {key} there")
+            raise ValueError(
+                f"{folder / str(name)} is missing: {index.name} puts {key} there"
+            )
         files[name].append(key)
     return files
 
@@ -372,6 +376,16 @@ def empty_model(config: PaliGemmaConfig, folder: Path) -> PaliGemma:
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
 
 
+# cell 88b8d50b
+def find_folder(folder: str | Path) -> Path:
+    """A checkpoint folder; the name "mini" stands for the shipped model."""
+    mini = Path(str(resources.files("pali"))) / "mini"
+    path = mini if folder == "mini" else Path(folder)
+    if not path.is_dir():
+        raise ValueError(f"there is no checkpoint folder {path}")
+    return path
+
+
 # cell b1b09c2a
 def load_model(
     folder: str | Path,
@@ -398,15 +412,6 @@ def load_model(
         state = {k: t.to(dtype, copy=True) for k, t in state.items()}
     model.load_state_dict(state, strict=True, assign=True)
     return model.to(device).eval()
-
-
-# cell 88b8d50b
-def find_folder(folder: str | Path) -> Path:
-    """A checkpoint folder; the name "mini" stands for the shipped model."""
-    path = Path(__file__).parent / "mini" if folder == "mini" else Path(folder)
-    if not path.is_dir():
-        raise ValueError(f"there is no checkpoint folder {path}")
-    return path
 
 
 # cell e693d007

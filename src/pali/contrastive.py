@@ -1,0 +1,122 @@
+"""Contrastive: a picture meets its caption.
+
+Generated from notebooks/04_contrastive.ipynb: edit the notebook, then run `make
+export`. Each block names the cell it comes from.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+__all__ = [
+    "check_pairs",
+    "clip_loss",
+    "pair_logits",
+    "siglip_loss",
+    "siglip_loss_chunked",
+    "summed_loss",
+    "unit",
+]
+
+
+# cell 55c09f88
+def unit(x: Tensor) -> Tensor:
+    """Scale every vector to length 1.
+
+    x       float[..., D] -> float[..., D]; 16-bit input comes back as float32
+    note    1e-8 is added to the length, so a zero vector stays zero
+    """
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    return x / (x.norm(dim=-1, keepdim=True) + 1e-8)
+
+
+# cell 1fdf6925
+def pair_logits(images: Tensor, texts: Tensor, log_scale, bias=0.0) -> Tensor:
+    """Score every picture against every text: scaled cosine plus bias.
+
+    images       float[C, D], vectors of any length
+    texts        float[B, D]
+    log_scale    float or Tensor: the logarithm of the scale
+    returns      float[C, B]
+    """
+    cosines = unit(images) @ unit(texts).T
+    return torch.as_tensor(log_scale).exp() * cosines + bias
+
+
+# cell ef85df21
+def check_pairs(images: Tensor, texts: Tensor) -> None:
+    """Row i of both must be a pair: equal shapes [B, D], at least one row."""
+    if images.shape != texts.shape or images.dim() != 2 or not len(images):
+        raise ValueError(
+            "images and texts must both be [B, D], row i of one belonging to "
+            f"row i of the other; got {list(images.shape)} and {list(texts.shape)}"
+        )
+
+
+# cell 78ffa2cb
+def clip_loss(images: Tensor, texts: Tensor, log_scale) -> Tensor:
+    """Find your caption among all, find your picture among all.
+
+    images, texts    float[B, D], row i of both a pair
+    log_scale        float or Tensor: the logarithm of the scale
+    returns          scalar: mean cross-entropy of both directions
+    source           Radford et al. 2021
+    """
+    check_pairs(images, texts)
+    logits = pair_logits(images, texts, log_scale)
+    own = torch.arange(len(logits), device=logits.device)
+    by_image = F.cross_entropy(logits, own)
+    by_text = F.cross_entropy(logits.T, own)
+    return (by_image + by_text) / 2
+
+
+# cell c9277959
+def summed_loss(
+    images: Tensor, texts: Tensor, log_scale, bias, first: int = 0
+) -> Tensor:
+    """-log sigmoid of every pair, right ones and wrong ones, added up.
+
+    images    float[C, D]: rows first … first + C - 1 of the batch
+    texts     float[B, D]: all of it
+    returns   scalar
+    """
+    logits = pair_logits(images, texts, log_scale, bias)  # [C, B]
+    rows = first + torch.arange(len(images), device=logits.device)
+    own = rows[:, None] == torch.arange(len(texts), device=logits.device)
+    return -F.logsigmoid(torch.where(own, logits, -logits)).sum()
+
+
+# cell 57f2b146
+def siglip_loss(images: Tensor, texts: Tensor, log_scale, bias) -> Tensor:
+    """Say for every pair, on its own, whether it belongs together.
+
+    images, texts     float[B, D], row i of both a pair
+    log_scale, bias   float or Tensor
+    returns           scalar: sum over the B * B pairs, divided by B
+    source            Zhai et al. 2023
+    """
+    check_pairs(images, texts)
+    return summed_loss(images, texts, log_scale, bias) / len(images)
+
+
+# cell 914dc45d
+def siglip_loss_chunked(
+    images: Tensor, texts: Tensor, log_scale, bias, *, chunk: int = 256
+) -> Tensor:
+    """The value and gradients of `siglip_loss`, without its [B, B] matrix.
+
+    chunk     pictures at a time; at most a [chunk, B] matrix exists at once,
+              and the backward pass computes it again instead of keeping it
+    source    Zhai et al. 2023, section 3.3, for chunks across devices
+    """
+    check_pairs(images, texts)
+    if chunk < 1:
+        raise ValueError(f"chunk is a number of pictures, at least 1, not {chunk}")
+    total = 0.0
+    for first in range(0, len(images), chunk):
+        total = total + checkpoint(
+            summed_loss, images[first : first + chunk], texts, log_scale, bias,
+            first, use_reentrant=False, preserve_rng_state=False,
+        )  # fmt: skip
+    return total / len(images)
