@@ -8,7 +8,7 @@ last token whatever the rest of the model does.
 
 import tempfile
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -73,7 +73,7 @@ def randomise(model: torch.nn.Module, embedding_std: float, seed: int) -> None:
             weight.copy_(torch.randn(weight.shape, generator=generator) * std)
 
 
-@lru_cache(maxsize=None)
+@cache
 def folder(shape: Shape) -> Path:
     """A checkpoint folder of the reference model, float32."""
     model = transformers.PaliGemmaForConditionalGeneration(reference_config(shape))
@@ -84,7 +84,7 @@ def folder(shape: Shape) -> Path:
     return path
 
 
-@lru_cache(maxsize=None)
+@cache
 def reference(shape: Shape, dtype: torch.dtype = torch.float32):
     """The published model; "eager" is its attention that knows the soft cap."""
     model = transformers.PaliGemmaForConditionalGeneration.from_pretrained(

@@ -10,6 +10,17 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from torch.nn import functional as F
+
+import pali.cache
+import pali.decoder
+import pali.gqa
+import pali.masks
+import pali.mlp
+import pali.norm
+import pali.paligemma
+import pali.rope
+import pali.vision
 from reference import (
     GROUPED,
     NARROW_WINDOW,
@@ -24,17 +35,6 @@ from reference import (
     replace,
     rows,
 )
-from torch.nn import functional as F
-
-import pali.cache
-import pali.decoder
-import pali.gqa
-import pali.masks
-import pali.mlp
-import pali.norm
-import pali.paligemma
-import pali.rope
-import pali.vision
 
 
 def swap(target: str, new):

@@ -4,6 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from pali.generation import pick, steps
+from pali.tokens import Batch
 from reference import (
     ATOL,
     GROUPED,
@@ -21,9 +24,6 @@ from reference import (
     replace,
     rows,
 )
-
-from pali.generation import pick, steps
-from pali.tokens import Batch
 
 BOTH = pytest.mark.parametrize(
     "shape", [PALIGEMMA_1, PALIGEMMA_2], ids=["paligemma1", "paligemma2"]

@@ -53,7 +53,7 @@ def add_ask(commands) -> None:
     ask.add_argument("--seed", type=int)
     ask.add_argument("--attention", metavar="OUT.png", help="draw where it looked")
     ask.add_argument("--draw", metavar="OUT.png", help="draw the answer on the picture")
-    ask.add_argument("--json", action="store_true", help="print answer and boxes as JSON")
+    ask.add_argument("--json", action="store_true", help="print the answer as JSON")
     ask.set_defaults(run=ask_command)
 
 

@@ -124,7 +124,7 @@ def steps(
     cache = Cache(model.config, B, T + max_new_tokens - 1)
     inputs = (batch.pixels, batch.ids, batch.valid)
     running = torch.ones(B, dtype=torch.bool, device=batch.ids.device)
-    for n in range(max_new_tokens):
+    for _ in range(max_new_tokens):
         step = None if trace is None else {}
         pixels, ids, valid = inputs
         logits = model(

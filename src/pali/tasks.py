@@ -10,9 +10,6 @@ from dataclasses import dataclass
 
 import matplotlib.pyplot as plt
 import numpy as np
-import torch
-from PIL import Image
-from torch import Tensor
 
 from pali import scenes, viz
 from pali.generation import generate

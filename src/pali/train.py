@@ -6,10 +6,9 @@ block names the cell it comes from.
 
 import json
 import math
-import re
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import sentencepiece
@@ -41,7 +40,7 @@ from pali.tokens import (
     read_boxes,
 )
 from pali.vision import VisionConfig
-from pali.weights import load_model, save_model, write_files
+from pali.weights import save_model, write_files
 
 __all__ = [
     "FIRST_TRAINING_SEED",
@@ -49,6 +48,8 @@ __all__ = [
     "Settings",
     "VOCABULARY",
     "check_settings",
+    "cut_log",
+    "lessons_from",
     "load_checkpoint",
     "match_boxes",
     "mini_config",
@@ -65,6 +66,7 @@ __all__ = [
     "smooth_locations",
     "start_model",
     "suffix_loss",
+    "timed_step",
     "train",
     "train_tokenizer",
     "true_boxes",
@@ -72,7 +74,7 @@ __all__ = [
 
 
 # cell 25691bf4
-FIRST_TRAINING_SEED = 1_000_000  # scenes below are for tests, never trained on
+FIRST_TRAINING_SEED = scenes.TRAINING_SEEDS.start  # below: tests
 VOCABULARY = 1792  # pieces in the tokenizer of the little world
 
 
@@ -111,20 +113,20 @@ class Settings:
     eval_scenes: int = 24
 
     def __post_init__(self) -> None:
-        whole = ("steps", "batch_size", "questions", "warmup", "part")
-        for name in (*whole, "checkpoint_every", "eval_scenes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more, not {getattr(self, name)}")
-        for name in ("matrix_rate", "other_rate", "decay"):
-            if not 0 < getattr(self, name) <= 1:
+        for name, value in vars(self).items():
+            share = name in ("matrix_rate", "other_rate", "decay")
+            if isinstance(value, int) and name != "seed" and value < 1:
+                raise ValueError(f"{name} must be 1 or more, not {value}")
+            if share and not 0 < value <= 1:
                 raise ValueError(
-                    f"{name} must be above 0 and at most 1, not {getattr(self, name)}"
+                    f"{name} must be above 0, at most 1, not {value}"
                 )
         if not 0 <= self.plain <= 1:
-            raise ValueError(f"plain is a share from 0 to 1, not {self.plain}")
+            raise ValueError(f"plain is from 0 to 1, not {self.plain}")
         if self.precision not in ("float32", "bfloat16"):
             raise ValueError(
-                f'precision is "float32" or "bfloat16", not {self.precision!r}'
+                "precision is float32 or bfloat16, not "
+                f"{self.precision}"
             )
 
 
@@ -165,7 +167,8 @@ def train_tokenizer(texts: Iterable[str], path: Path, vocab_size: int) -> None:
                 sentence_iterator=iter(texts), model_writer=file,
                 model_type="bpe", vocab_size=vocab_size, pad_id=0, eos_id=1,
                 bos_id=2, unk_id=3, pad_piece="<pad>", eos_piece="<eos>",
-                bos_piece="<bos>", unk_piece="<unk>", byte_fallback=True, split_digits=True,
+                bos_piece="<bos>", unk_piece="<unk>", byte_fallback=True,
+                split_digits=True,
                 add_dummy_prefix=False, remove_extra_whitespaces=False,
                 normalization_rule_name="identity", character_coverage=1.0,
                 user_defined_symbols=["<mask>", "\n", "\n\n", *names],
@@ -377,6 +380,33 @@ def read_log(path: Path, before: int | None = None) -> list[dict]:
     return [x for x in lines if before is None or x.get("step", 0) <= before]
 
 
+# cell f5096b54
+def cut_log(path: Path, done: int) -> None:
+    """Take out the lines of steps that a checkpoint does not hold."""
+    lines = [json.dumps(x) + "\n" for x in read_log(path, before=done)]
+    text = "".join(lines)
+    write_files(
+        path.parent, {path.name: lambda p: p.write_text(text)}
+    )
+
+
+# cell ff1611a2
+def check_settings(out: Path, settings: Settings) -> None:
+    """Note the settings of a run; refuse to go on with others."""
+    path = out / "settings.json"
+    stated = asdict(settings)
+    if path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        other = [k for k in stated if before.get(k) != stated[k]]
+        if other:
+            raise ValueError(
+                f"{out} holds a run with other settings ({', '.join(other)}): choose "
+                "another folder, or the settings it was begun with"
+            )
+    text = json.dumps(stated, indent=2) + "\n"
+    write_files(out, {path.name: lambda p: p.write_text(text, encoding="utf-8")})
+
+
 # cell 8fb72332
 def overlap(a: Box, b: Box) -> float:
     """Intersection over union of two boxes, 0 to 1."""
@@ -423,30 +453,30 @@ def true_boxes(scene: scenes.Scene, kinds: Iterable[str]) -> list[Box]:
 
 
 # cell 23e07e57
-def quick_check(model: PaliGemma, processor: Processor, seeds: Iterable[int]) -> dict:
+def quick_check(
+    model: PaliGemma, processor: Processor, seeds: Iterable[int]
+) -> dict[str, float]:
     """Captions and counts exactly right, and boxes found, on unseen scenes.
 
-    returns   shares from 0 to 1: caption, count, and F1 of boxes at IoU 0.5
+    returns   shares from 0 to 1: caption, count, and detect, the F1 of
+              boxes at IoU 0.5
     """
     drawn = [scenes.scene(seed) for seed in seeds]
     images = [scene.image for scene in drawn]
-    shares, pairs = {}, {}
+    shares = {}
     for task in ("caption", "count", "detect"):
-        pairs[task] = [
+        asked = [
             scenes.question(s, scenes.question_stream(s), task) for s in drawn
         ]
-        answers = generate(
-            model, processor, images, [p for p, _ in pairs[task]], max_new_tokens=64
-        )
-        right = [a == t for a, (_, t) in zip(answers, pairs[task], strict=True)]
-        shares[task] = sum(right) / len(right)
-    hits = wanted = given = 0
-    for scene, text, (_, truth) in zip(drawn, answers, pairs["detect"], strict=True):
-        found, real = (read_boxes(t, scene.image.size) for t in (text, truth))
-        hits += len(match_boxes(found, real))
-        wanted, given = wanted + len(real), given + len(found)
-    shares["detect"] = 2 * hits / max(wanted + given, 1)
-    return shares
+        prompts, truth = map(list, zip(*asked, strict=True))
+        said = generate(model, processor, images, prompts, max_new_tokens=64)
+        right = [a == t for a, t in zip(said, truth, strict=True)]
+        shares[task] = round(sum(right) / len(right), 4)
+    size = drawn[0].image.size
+    found, real = ([read_boxes(t, size) for t in row] for row in (said, truth))
+    hits = sum(len(match_boxes(f, r)) for f, r in zip(found, real, strict=True))
+    boxes = sum(map(len, found)) + sum(map(len, real))
+    return shares | {"detect": round(2 * hits / max(boxes, 1), 4)}
 
 
 # cell b7594162
@@ -503,29 +533,38 @@ def one_step(model, optimizers, lesson, factor: float, settings: Settings) -> fl
     return total
 
 
-# cell ff1611a2
-def check_settings(out: Path, settings: Settings) -> None:
-    """Note the settings of a run; refuse to go on with others."""
-    path = out / "settings.json"
-    stated = asdict(settings)
-    if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        other = [k for k in stated if before.get(k) != stated[k]]
-        if other:
-            raise ValueError(
-                f"{out} holds a run with other settings ({', '.join(other)}): choose "
-                "another folder, or the settings it was begun with"
-            )
-    text = json.dumps(stated, indent=2) + "\n"
-    write_files(out, {path.name: lambda p: p.write_text(text, encoding="utf-8")})
+# cell a25bc011
+def lessons_from(
+    done: int, settings: Settings, processor: Processor, workers: int
+) -> DataLoader:
+    """The lessons still to come, drawn ahead by other processes."""
+    return DataLoader(
+        Lessons(settings, processor), batch_size=None,
+        num_workers=workers, sampler=range(done, settings.steps),
+    )  # fmt: skip
+
+
+# cell 5bd1a6fd
+def timed_step(
+    model, optimizers, lesson, step: int, settings: Settings
+) -> dict:
+    """One step and the line it leaves in the log; steps count from 1."""
+    began = time.perf_counter()
+    factor = rate_factor(step - 1, settings)
+    loss = one_step(model, optimizers, lesson, factor, settings)
+    seconds = round(time.perf_counter() - began, 3)
+    return {
+        "step": step, "loss": round(loss, 5), "rate": round(factor, 5),
+        "seconds": seconds,
+    }  # fmt: skip
 
 
 # cell 227a17e1
 def train(settings: Settings, out: str | Path, workers: int = 1) -> Path:
     """Train the little model, or go on where a run was stopped.
 
-    out       folder of the run: tokenizer, log.jsonl, checkpoint, and at the
-              end `model`, a checkpoint folder like any other
+    out       folder of the run: tokenizer, log.jsonl, checkpoint, and
+              at the end `model`, a checkpoint folder like any other
     workers   processes that draw scenes; 0 draws them in this one
     returns   the folder of the finished model
     raises    ValueError if `out` holds a run with other settings
@@ -534,28 +573,21 @@ def train(settings: Settings, out: str | Path, workers: int = 1) -> Path:
     check_settings(out, settings)
     model, processor = start_model(out, settings)
     optimizers = optimisers(model, settings)
-    checkpoint, log = out / "checkpoint.safetensors", out / "log.jsonl"
-    done = load_checkpoint(checkpoint, model, optimizers) if checkpoint.exists() else 0
-    lines = [json.dumps(x) + "\n" for x in read_log(log, before=done)]
-    write_files(out, {log.name: lambda p: p.write_text("".join(lines))})
-    lessons = DataLoader(
-        Lessons(settings, processor), batch_size=None, num_workers=workers,
-        sampler=range(done, settings.steps),
+    path, log = out / "checkpoint.safetensors", out / "log.jsonl"
+    done = load_checkpoint(path, model, optimizers) if path.exists() else 0
+    cut_log(log, done)
+    bar = tqdm(
+        lessons_from(done, settings, processor, workers),
+        initial=done, total=settings.steps, unit="step",
     )  # fmt: skip
-    bar = tqdm(lessons, initial=done, total=settings.steps, unit="step")
-    for step, lesson in enumerate(bar, start=done):
-        began = time.perf_counter()
-        factor = rate_factor(step, settings)
-        loss = one_step(model, optimizers, lesson, factor, settings)
-        line = {"step": step + 1, "loss": round(loss, 5), "rate": round(factor, 5)}
-        line["seconds"] = round(time.perf_counter() - began, 3)
-        last = step + 1 == settings.steps
-        if (step + 1) % settings.checkpoint_every == 0 or last:
-            line |= quick_check(model, processor, range(settings.eval_scenes))
-            save_checkpoint(checkpoint, model, optimizers, step + 1)
-            shown = {k: line[k] for k in ("caption", "count", "detect")}
-            tqdm.write(f"step {step + 1}: loss {loss:.3f}, {shown}")
-        bar.set_postfix(loss=f"{loss:.3f}")
+    for step, lesson in enumerate(bar, start=done + 1):
+        line = timed_step(model, optimizers, lesson, step, settings)
+        if step % settings.checkpoint_every == 0 or step == settings.steps:
+            scores = quick_check(model, processor, range(settings.eval_scenes))
+            save_checkpoint(path, model, optimizers, step)
+            tqdm.write(f"step {step}: loss {line['loss']:.3f}, {scores}")
+            line |= scores
+        bar.set_postfix(loss=f"{line['loss']:.3f}")
         with log.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
     save_model(model.half(), out / "model", processor)

@@ -19,7 +19,7 @@ __all__ = ["LayerNorm", "VisionBlock", "VisionConfig", "VisionMLP", "VisionTower
 # cell a789fc91
 @dataclass(frozen=True)
 class VisionConfig:
-    """The shape of a vision tower; the defaults are PaliGemma's at 224 px."""
+    """The shape of a vision tower; the defaults are PaliGemma's, 224 px."""
 
     image_size: int = 224
     patch_size: int = 14
@@ -32,7 +32,7 @@ class VisionConfig:
 
     @property
     def num_patches(self) -> int:
-        """Patches in a picture: the square of the patches along a side."""
+        """Patches in a picture: the square of those along a side."""
         return (self.image_size // self.patch_size) ** 2
 
 
@@ -40,8 +40,8 @@ class VisionConfig:
 class LayerNorm(nn.Module):
     """Give every vector mean 0 and variance 1, then scale and shift it.
 
-    x         float[..., D] -> float[..., D]; statistics over D alone, so no
-              token hears of another
+    x         float[..., D] -> float[..., D]; statistics over D alone, so
+              no token hears of another
     source    Ba et al. 2016
     """
 
@@ -52,7 +52,8 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
+        shape = x.shape[-1:]
+        return F.layer_norm(x, shape, self.weight, self.bias, self.eps)
 
 
 # cell ac3e2a49
@@ -87,8 +88,11 @@ class VisionBlock(nn.Module):
         self.mlp_norm = LayerNorm(config.width, config.norm_eps)
         self.mlp = VisionMLP(config.width, config.mlp_width)
 
-    def forward(self, x: Tensor, trace: Trace = None, name: str = "") -> Tensor:
-        x = x + self.attention(self.attention_norm(x), trace=trace, name=name)
+    def forward(
+        self, x: Tensor, trace: Trace = None, name: str = ""
+    ) -> Tensor:
+        normed = self.attention_norm(x)
+        x = x + self.attention(normed, trace=trace, name=name)
         x = x + self.mlp(self.mlp_norm(x))
         if trace is not None:
             trace[f"{name}.residual"] = x
@@ -97,32 +101,34 @@ class VisionBlock(nn.Module):
 
 # cell 967ad93f
 class VisionTower(nn.Module):
-    """Pictures in, one vector for each patch out (SigLIP, without pooling).
+    """Pictures in, one vector for each patch out (SigLIP, not pooled).
 
     pixels    float[B, C, S, S], S = config.image_size
     returns   float[B, N, width]
     trace     receives vision.embedded, vision.{layer}.attention,
               vision.{layer}.residual and vision.output
-    source    Zhai et al. 2023; the shape is that of Alabdulmohsin et al. 2023
+    source    Zhai et al. 2023; the shape: Alabdulmohsin et al. 2023
     """
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.config = config
-        self.patch = PatchEmbedding(config.width, config.patch_size, config.channels)
-        self.position = nn.Parameter(torch.empty(config.num_patches, config.width))
-        nn.init.normal_(self.position, std=config.width**-0.5)
+        D, N = config.width, config.num_patches
+        self.patch = PatchEmbedding(D, config.patch_size, config.channels)
+        self.position = nn.Parameter(torch.empty(N, D))
+        nn.init.normal_(self.position, std=D**-0.5)
         self.blocks = nn.ModuleList(
             VisionBlock(config) for _ in range(config.num_layers)
         )
-        self.norm = LayerNorm(config.width, config.norm_eps)
+        self.norm = LayerNorm(D, config.norm_eps)
 
     def forward(self, pixels: Tensor, trace: Trace = None) -> Tensor:
         want = (self.config.channels, *[self.config.image_size] * 2)
         if pixels.shape[1:] != want:
             raise ValueError(
-                f"the vision tower reads pixels [B, {want[0]}, {want[1]}, {want[2]}], "
-                f"got {list(pixels.shape)}; use preprocess(picture, {want[1]})"
+                f"the vision tower reads pixels [B, {want[0]}, {want[1]}, "
+                f"{want[2]}], got {list(pixels.shape)}; use "
+                f"preprocess(picture, {want[1]})"
             )
         x = self.patch(pixels) + self.position
         if trace is not None:

@@ -2,7 +2,7 @@
 //
 //   node tests/browser/check.mjs _build/html [part of a page's name]
 //
-// Each page is seen three times (light, dark, and 360 pixels wide), with everything
+// Each page is looked at three times (light, dark, and 360 pixels wide), with everything
 // folded opened. What fails: an error in the console, a request that leaves the page's
 // folder, a broken picture, a violation that axe-core finds, sideways overflow.
 import fs from "node:fs";
@@ -80,47 +80,52 @@ async function settled(page) {
   await page.waitForTimeout(200);
 }
 
-async function look(browser, file, view) {
-  const said = [];
-  const context = await browser.newContext({
-    colorScheme: view.theme,
-    viewport: { width: view.width, height: 900 },
-    reducedMotion: "reduce",
-  });
-  const page = await context.newPage();
-  page.on("console", (message) => {
-    if (message.type() === "error") said.push(`console: ${message.text()}`);
-  });
-  page.on("pageerror", (error) => said.push(`error: ${error}`));
-  page.on("request", (request) => {
-    if (!/^(file|data|blob|about):/.test(request.url()))
-      said.push(`leaves the page: ${request.url()}`);
-  });
-  page.on("requestfailed", (request) => said.push(`missing: ${request.url()}`));
-  await page.goto(pathToFileURL(file).href);
-  await settled(page);
+// Everything that is wrong with the page in one view.
+async function faults(page, view) {
+  const found = [];
+  await page.setViewportSize({ width: view.width, height: 900 });
+  await page.emulateMedia({ colorScheme: view.theme, reducedMotion: "reduce" });
   await page.evaluate((theme) => {
     document.documentElement.dataset.theme = theme;
     document.documentElement.dataset.mode = theme;
   }, view.theme);
-  await page.evaluate(openEverything);
   await settled(page);
   for (const source of await page.evaluate(brokenPictures))
-    said.push(`broken picture: ${source}`);
+    found.push(`broken picture: ${source}`);
   const over = await page.evaluate(overflow);
-  if (over) said.push(over);
-  await page.evaluate(axe);
+  if (over) found.push(over);
   const report = await page.evaluate(() =>
     // preload would fetch the style sheets again, which file:// does not allow
     globalThis.axe.run(document, { resultTypes: ["violations"], preload: false }),
   );
-  for (const found of report.violations) {
-    said.push(`axe ${found.id}: ${found.help} (${found.nodes.length} places)`);
-    for (const node of found.nodes.slice(0, 2))
-      said.push(`    ${node.target.join(" ")} | ${node.html.slice(0, 120)}`);
+  for (const { id, help, nodes } of report.violations) {
+    found.push(`axe ${id}: ${help} (${nodes.length} places)`);
+    for (const node of nodes.slice(0, 2))
+      found.push(`    ${node.target.join(" ")} | ${node.html.slice(0, 120)}`);
   }
-  await context.close();
-  return said;
+  return found;
+}
+
+// What a page says while it loads and is looked at, by view; empty if all is well.
+async function look(browser, file) {
+  const page = await browser.newPage();
+  const said = { always: [] };
+  page.on("console", (message) => {
+    if (message.type() === "error") said.always.push(`console: ${message.text()}`);
+  });
+  page.on("pageerror", (error) => said.always.push(`error: ${error}`));
+  page.on("request", (request) => {
+    if (!/^(file|data|blob|about):/.test(request.url()))
+      said.always.push(`leaves the page: ${request.url()}`);
+  });
+  page.on("requestfailed", (request) => said.always.push(`missing: ${request.url()}`));
+  await page.goto(pathToFileURL(file).href);
+  await settled(page);
+  await page.evaluate(openEverything);
+  await page.evaluate(axe);
+  for (const view of VIEWS) said[view.name] = await faults(page, view);
+  await page.close();
+  return Object.entries(said).filter(([, lines]) => lines.length > 0);
 }
 
 const files = [...htmlFiles(root)].sort().filter((file) => file.includes(wanted));
@@ -131,12 +136,11 @@ const browser = await chromium.launch({
 });
 let bad = 0;
 for (const file of files) {
-  for (const view of VIEWS) {
-    const said = await look(browser, file, view);
-    if (said.length === 0) continue;
-    bad += 1;
-    console.log(`${path.relative(root, file)} (${view.name})`);
-    for (const line of new Set(said)) console.log(`  ${line}`);
+  const said = await look(browser, file);
+  if (said.length > 0) bad += 1;
+  for (const [view, lines] of said) {
+    console.log(`${path.relative(root, file)} (${view})`);
+    for (const line of new Set(lines)) console.log(`  ${line}`);
   }
 }
 await browser.close();
