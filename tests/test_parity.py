@@ -170,9 +170,7 @@ def test_loss_equals_the_reference(shape):
         ).loss  # fmt: skip
         from pali.train import suffix_loss
 
-        model_batch = Batch(
-            batch.pixels, batch.ids, batch.valid, batch.suffix, labels
-        )
+        model_batch = Batch(batch.pixels, batch.ids, batch.valid, batch.suffix, labels)
         got = suffix_loss(ours(shape), model_batch)
     torch.testing.assert_close(got, want, rtol=0, atol=ATOL)
 

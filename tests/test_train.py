@@ -295,5 +295,3 @@ def test_all_parameters_are_trained_once(start):
     groups = [g for o in optimisers(model, TINY) for g in o.param_groups]
     trained = [id(p) for group in groups for p in group["params"]]
     assert sorted(trained) == sorted(id(p) for p in model.parameters())
-
-

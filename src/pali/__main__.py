@@ -149,9 +149,7 @@ def ask_command(options) -> None:
     if attention is not None:
         seen = attention_maps.answer_attention(model, processor, image, prompt)
         heads = attention_maps.localising_heads(seen)
-        figures[attention] = attention_maps.attention_figure(
-            image, prompt, seen, heads
-        )
+        figures[attention] = attention_maps.attention_figure(image, prompt, seen, heads)
     for path, figure in figures.items():
 
         def write(part: Path, figure=figure) -> None:

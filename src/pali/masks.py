@@ -17,11 +17,13 @@ __all__ = [
 
 
 # cell 39703775
-def token_positions(valid: Tensor, past: Tensor | None = None) -> Tensor:
+def token_positions(
+    valid: Tensor, past: Tensor | None = None
+) -> Tensor:
     """Count the valid tokens of each row: padding takes no position.
 
     valid     bool[B, T];  past  int64[B], valid tokens in earlier calls
-    returns   int64[B, T], from 0; padding repeats its neighbour's position
+    returns   int64[B, T], from 0; padding repeats its neighbour's
     """
     positions = valid.long().cumsum(dim=1) - 1
     if past is not None:
@@ -31,17 +33,18 @@ def token_positions(valid: Tensor, past: Tensor | None = None) -> Tensor:
 
 # cell 19aabe0c
 def causal_mask(length: int) -> Tensor:
-    """bool[1, 1, T, T]: every token sees itself and what came before."""
-    return torch.ones(length, length, dtype=torch.bool).tril()[None, None]
+    """bool[1, 1, T, T]: every token sees itself and what is before."""
+    full = torch.ones(length, length, dtype=torch.bool)
+    return full.tril()[None, None]
 
 
 # cell f1d589c8
 def prefix_lm_mask(valid: Tensor, suffix: Tensor) -> Tensor:
-    """Prefix tokens see the whole prefix; suffix tokens see what came before.
+    """Prefix tokens see the whole prefix; suffix tokens look back.
 
     valid     bool[B, T], False on padding, which nobody else sees
     suffix    bool[B, T], True where attention is causal
-    returns   bool[B, 1, T, T]; every token sees itself, so no row is empty
+    returns   bool[B, 1, T, T]; every token sees itself: no row is empty
     source    Raffel et al. 2020; Beyer et al. 2024, section 3.1
     """
     index = torch.arange(valid.shape[1], device=valid.device)
@@ -54,14 +57,15 @@ def prefix_lm_mask(valid: Tensor, suffix: Tensor) -> Tensor:
 
 # cell 75cdafa7
 def cached_mask(valid: Tensor, past: int) -> Tensor:
-    """New suffix tokens see the valid tokens before them, and themselves.
+    """New suffix tokens see valid tokens before them, and themselves.
 
-    valid     bool[B, S], cached and new tokens;  past  how many are cached
+    valid     bool[B, S], cached and new tokens;  past  number cached
     returns   bool[B, 1, S - past, S]
     """
     index = torch.arange(valid.shape[1], device=valid.device)
     rows = index[past:, None]
-    return ((index <= rows) & valid[:, None, :] | (index == rows))[:, None]
+    seen = (index <= rows) & valid[:, None, :]
+    return (seen | (index == rows))[:, None]
 
 
 # cell 99dd05c4

@@ -4,9 +4,11 @@ Generated from notebooks/23_tasks.ipynb: edit the notebook, then run `make expor
 block names the cell it comes from.
 """
 
+import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from importlib import resources
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -17,10 +19,10 @@ from pali.outlines import read_masks
 from pali.paligemma import PaliGemma
 from pali.patches import open_picture
 from pali.tokens import Box, Processor, read_boxes
-from pali.train import match_boxes, true_boxes
+from pali.train import overlap, true_boxes
 
 __all__ = [
-    "Evaluation",
+    "Result",
     "Score",
     "answer",
     "ask_scenes",
@@ -28,7 +30,13 @@ __all__ = [
     "detect",
     "draw_answer",
     "evaluate",
+    "judge",
+    "pair_boxes",
+    "ratio",
     "segment",
+    "share",
+    "stored_results",
+    "summary",
 ]
 
 
@@ -81,72 +89,33 @@ def draw_answer(image, prompt: str, text: str, codec=None):
     """
     image = open_picture(image)
     boxes = read_boxes(text, image.size)
+    tall = min(max(image.height / image.width, 0.4), 1.6)
     with plt.ioff():
         viz.use_style()
-        figure, axes = plt.subplots(figsize=(4.8, 4.8))
+        figure, axes = plt.subplots(figsize=(4.8, 4.8 * tall + 0.7))
     outlines = read_masks(text, image.size, codec=codec) if "<seg" in text else []
     if outlines:
         viz.masks(image, outlines, ax=axes)
     else:
         viz.boxes(image, boxes, ax=axes)
-    found = f"{len(boxes)} found" if prompt.startswith(("detect", "segment")) else text
-    axes.set_title(f"{prompt} → {found}", wrap=True)
+    found = text or "(an empty answer: nothing found)"
+    if boxes:
+        found = f"{len(boxes)} found"
+    axes.set_title(f"{prompt}\n", fontsize=9, color=viz.MUTED)
+    figure.suptitle(found, x=0.5, y=0.99, wrap=True)
     return figure
-
-
-# cell 9ed65391
-@dataclass(frozen=True)
-class Score:
-    """A share of trials, with its 95 % interval after Wilson.
-
-    right, trials    counts;  share, low, high  from 0 to 1
-    source           Wilson 1927
-    """
-
-    name: str
-    right: int
-    trials: int
-
-    @property
-    def share(self) -> float:
-        return self.right / self.trials if self.trials else 0.0
-
-    def interval(self, z: float = 1.96) -> tuple[float, float]:
-        n, p = max(self.trials, 1), self.share
-        middle = (p + z * z / (2 * n)) / (1 + z * z / n)
-        half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-        return middle - half, middle + half
-
-
-# cell e7201657
-@dataclass(frozen=True)
-class Evaluation:
-    """What a model got right on unseen scenes.
-
-    caption, count, detect    `Score` of exact answers
-    precision, recall         `Score` of boxes at IoU 0.5
-    mean_overlap              mean IoU of the matched boxes
-    """
-
-    caption: Score
-    count: Score
-    detect: Score
-    precision: Score
-    recall: Score
-    mean_overlap: float
-
-    @property
-    def f1(self) -> float:
-        """F1 of boxes: 2 * hits / (found + true)."""
-        return 2 * self.recall.right / (self.recall.trials + self.precision.trials)
 
 
 # cell 7656a74d
 def ask_scenes(
-    model: PaliGemma, processor: Processor, drawn: Sequence, task: str, batch=50
+    model: PaliGemma,
+    processor: Processor,
+    drawn: Sequence[scenes.Scene],
+    task: str,
+    batch: int = 50,
 ) -> list[tuple[str, str, str]]:
     """Put one question of a task to each scene: (prompt, answer, truth)."""
-    asked = [scenes.question(s, scenes.Stream(s.seed), task) for s in drawn]
+    asked = [scenes.question(s, scenes.question_stream(s), task) for s in drawn]
     said = []
     for i in range(0, len(drawn), batch):
         said += generate(
@@ -159,30 +128,152 @@ def ask_scenes(
     return [(p, a, t) for (p, t), a in zip(asked, said, strict=True)]
 
 
+# cell 2b14d991
+def pair_boxes(found: Sequence[Box], truth: Sequence[Box]) -> list[float]:
+    """The overlap of each true box with the found box that it is paired with.
+
+    returns   IoU from 0 to 1, one a true box, 0 without a partner; pairs have
+              the same label, the best overlaps first, no box serves twice
+    """
+    pairs = sorted(
+        (
+            (overlap(a, b), i, j)
+            for i, a in enumerate(found)
+            for j, b in enumerate(truth)
+            if a.label == b.label
+        ),
+        reverse=True,
+    )
+    overlaps, taken = [0.0] * len(truth), set()
+    for value, i, j in pairs:
+        if i not in taken and not overlaps[j]:
+            taken.add(i)
+            overlaps[j] = value
+    return overlaps
+
+
+# cell 7fc9a44c
+@dataclass(frozen=True)
+class Result:
+    """What a model did with one scene: a caption, a count and a search.
+
+    seed, ground      which scene, and what lies behind the things
+    things            how many it holds
+    caption, count    whether the answer was right to the letter
+    found             number of boxes in its answer
+    sizes             sides of the things that it was asked to find, px
+    overlaps          IoU of each of them with its box, 0 if it has none
+    """
+
+    seed: int
+    ground: str
+    things: int
+    caption: bool
+    count: bool
+    found: int
+    sizes: list[int]
+    overlaps: list[float]
+
+
+# cell d3f31631
+def judge(scene: scenes.Scene, caption, count, detect) -> Result:
+    """Compare what was said of a scene with what is true.
+
+    caption, count, detect    (prompt, answer, truth), from `ask_scenes`
+    """
+    prompt, said, _ = detect
+    asked = prompt.removeprefix("detect ").split(" ; ")
+    found = read_boxes(said, scene.image.size)
+    return Result(
+        seed=scene.seed,
+        ground=scene.ground.pattern,
+        things=len(scene.things),
+        caption=caption[1] == caption[2],
+        count=count[1] == count[2],
+        found=len(found),
+        sizes=[t.size for t in scene.things if t.kind in asked],
+        overlaps=pair_boxes(found, true_boxes(scene, asked)),
+    )
+
+
 # cell 6089b909
 def evaluate(
     model: PaliGemma, processor: Processor, seeds: Iterable[int], world=None
-) -> Evaluation:
-    """Measure captions, counts and boxes on the scenes of these seeds.
+) -> list[Result]:
+    """Ask three questions of every scene of these seeds, and judge the answers.
 
-    seeds    below `FIRST_TRAINING_SEED`, so that no scene was trained on
+    seeds    from `scenes.TEST_SEEDS`, so that no scene was trained on
     world    where the scenes come from; None: the one trained on
     """
     world = world or scenes.FIRST_WORLD
     drawn = [scenes.scene(seed, world=world) for seed in seeds]
-    exact, overlaps, found, real = {}, [], 0, 0
-    for task in ("caption", "count", "detect"):
-        rows = ask_scenes(model, processor, drawn, task)
-        right = sum(said == truth for _, said, truth in rows)
-        exact[task] = Score(task, right, len(rows))
-    for scene, (prompt, said, _) in zip(drawn, rows, strict=True):
-        kinds = prompt.removeprefix("detect ").split(" ; ")
-        boxes, truth = read_boxes(said, scene.image.size), true_boxes(scene, kinds)
-        overlaps += match_boxes(boxes, truth)
-        found, real = found + len(boxes), real + len(truth)
-    return Evaluation(
-        **exact,
-        precision=Score("precision", len(overlaps), found),
-        recall=Score("recall", len(overlaps), real),
-        mean_overlap=sum(overlaps) / max(len(overlaps), 1),
-    )
+    tasks = ("caption", "count", "detect")
+    rows = [ask_scenes(model, processor, drawn, task) for task in tasks]
+    return [judge(*row) for row in zip(drawn, *rows, strict=True)]
+
+
+# cell 0b6112f7
+@dataclass(frozen=True)
+class Score:
+    """A number from 0 to 1, its 95 % interval, and how many trials it rests on."""
+
+    value: float
+    low: float
+    high: float
+    trials: int
+
+
+# cell 9ed65391
+def share(right: Iterable[bool]) -> Score:
+    """How large a part is right, with its interval; 0 to 1 if there is nothing.
+
+    source    Wilson 1927
+    """
+    right = list(right)
+    n, k, z = max(len(right), 1), sum(right), 1.96
+    p = k / n
+    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    low, high = max(middle - half, 0.0), min(middle + half, 1.0)
+    return Score(p, low, high, len(right)) if right else Score(0.0, 0.0, 1.0, 0)
+
+
+# cell 5259acb8
+def ratio(above: Sequence[float], below: Sequence[float], seed: int = 0) -> Score:
+    """One sum over scenes divided by another, with its interval.
+
+    above, below    one number a scene
+    source          Efron 1979 (bootstrap): scenes drawn anew 2,000 times
+    """
+    above, below = np.asarray(above, float), np.asarray(below, float)
+    n = len(above)
+    if not below.sum():
+        return Score(0.0, 0.0, 1.0, n)
+    rng = np.random.default_rng(seed)
+    times = rng.multinomial(n, np.full(n, 1 / n), size=2000)
+    drawn = (times @ above) / np.maximum(times @ below, 1e-9)
+    low, high = np.quantile(drawn, (0.025, 0.975))
+    return Score(float(above.sum() / below.sum()), float(low), float(high), n)
+
+
+# cell 0feda5ae
+def summary(results: Sequence[Result]) -> dict[str, Score]:
+    """Captions and counts exactly right, F1 of boxes, mean IoU of those that hit."""
+    hits = [[v for v in r.overlaps if v >= 0.5] for r in results]
+    return {
+        "caption": share(r.caption for r in results),
+        "count": share(r.count for r in results),
+        "boxes, F1": ratio(
+            [2 * len(h) for h in hits],
+            [r.found + len(r.sizes) for r in results],
+        ),
+        "mean IoU": ratio([sum(h) for h in hits], [len(h) for h in hits]),
+    }
+
+
+# cell e4e3e657
+def stored_results() -> list[Result]:
+    """The shipped model's results on seeds 0 to 499, as measured and stored."""
+    path = resources.files("pali").joinpath("mini", "evaluation.json")
+    stored = json.loads(path.read_text("utf-8"))
+    return [Result(**row) for row in stored["results"]]

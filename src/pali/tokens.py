@@ -42,8 +42,10 @@ PAD, EOS, BOS = 0, 1, 2  # the same in every Gemma tokenizer
 NUM_LOCATIONS = 1024
 NUM_SEGMENTS = 128
 IGNORE = -100  # the label that cross-entropy skips
-SPECIAL = re.compile(r"(<loc\d{4}>|<seg\d{3}>)")
-OBJECT = re.compile(r"((?:<loc\d{4}>)+)\s*((?:<seg\d{3}>)*)\s*([^;<]*)")
+SPECIAL = re.compile(r"(<loc[0-9]{4}>|<seg[0-9]{3}>)")
+OBJECT = re.compile(
+    r"((?:<loc[0-9]{4}>)+)\s*((?:<seg[0-9]{3}>)*)\s*([^;<]*)"
+)
 log = logging.getLogger(__name__)
 
 
@@ -82,6 +84,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text; nothing is added before or after it."""
+        text.encode()  # half a surrogate pair is a UnicodeEncodeError here
         ids = []
         for part in SPECIAL.split(text):
             if part in self.special:
@@ -96,7 +99,7 @@ class Tokenizer:
         for i in map(int, ids):
             if i in self.names:
                 text, run = text + self.pieces.DecodeIds(run) + self.names[i], []
-            elif i < self.pieces.GetPieceSize():
+            elif 0 <= i < self.pieces.GetPieceSize():
                 run.append(i)
         return text + self.pieces.DecodeIds(run)
 
@@ -163,14 +166,17 @@ def as_rows(images, prompts, suffixes=None) -> tuple[list, list, list]:
     elif not isinstance(images, (list, tuple)):
         images = [images]
     prompts, images = list(prompts), list(images)
-    suffixes = [None] * len(prompts) if suffixes is None else list(suffixes)
+    if suffixes is None:
+        suffixes = [None] * len(prompts)
+    suffixes = [suffixes] if isinstance(suffixes, str) else list(suffixes)
     if not len(images) == len(prompts) == len(suffixes) or not prompts:
         raise ValueError(
             f"pictures, prompts and suffixes must be equally many and at least one, "
             f"got {len(images)}, {len(prompts)} and {len(suffixes)}"
         )
-    if not all(isinstance(text, str) for text in prompts):
-        raise TypeError("a prompt is a string")
+    texts = prompts + [text for text in suffixes if text is not None]
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError("prompts and suffixes are strings")
     rows = [
         [] if row is None else list(row) if isinstance(row, (list, tuple)) else [row]
         for row in images

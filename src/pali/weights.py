@@ -5,6 +5,7 @@ Each block names the cell it comes from.
 """
 
 import json
+import math
 import os
 import shutil
 from collections import defaultdict
@@ -30,6 +31,7 @@ __all__ = [
     "VISION_BLOCK",
     "check_device",
     "check_dtype",
+    "check_expressible",
     "checkpoint_name",
     "config_json",
     "decoder_config",
@@ -167,9 +169,11 @@ def whole(data: dict, key: str, default: int | None = None) -> int:
 def real(data: dict, key: str, default: float) -> float | None:
     """A factor from a config: a number above 0, or None where null is written."""
     value = data.get(key, default)
-    if value is None or (type(value) in (int, float) and value > 0):
-        return value
-    raise ValueError(f"{key} must be a number above 0, not {value!r}")
+    if value is None:
+        return None
+    if type(value) not in (int, float) or not value > 0:
+        raise ValueError(f"{key} must be a number above 0, not {value!r}")
+    return float(value)
 
 
 # cell f62f878a
@@ -190,12 +194,13 @@ def vision_config(data: dict) -> VisionConfig:
 # cell 92f1c210
 def gemma2_config(config: DecoderConfig, data: dict) -> DecoderConfig:
     """The same, with what only Gemma 2 has."""
+    window = data.get("sliding_window", 4096)
     return replace(
         config,
         query_scale=real(data, "query_pre_attn_scalar", 256) ** -0.5,
         attention_cap=real(data, "attn_logit_softcapping", 50.0),
         logit_cap=real(data, "final_logit_softcapping", 30.0),
-        sliding_window=real(data, "sliding_window", 4096),
+        sliding_window=window and whole(data, "sliding_window", 4096),
     )
 
 
@@ -215,7 +220,7 @@ def decoder_config(data: dict) -> DecoderConfig:
         head_dim=head_dim,
         mlp_width=whole(data, "intermediate_size"),
         norm_eps=real(data, "rms_norm_eps", 1e-6),
-        rope_base=float(real(rope, "rope_theta", 10_000.0)),
+        rope_base=real(rope, "rope_theta", 10_000.0),
         query_scale=head_dim**-0.5,
         max_positions=whole(data, "max_position_embeddings", 8192),
     )
@@ -469,8 +474,9 @@ def config_json(config: PaliGemmaConfig, dtype: torch.dtype) -> dict:
         "hidden_activation": "gelu_pytorch_tanh", "num_image_tokens": v.num_patches,
     }  # fmt: skip
     if d.architecture == "gemma2":
-        text |= {
-            "query_pre_attn_scalar": round(d.query_scale**-2, 6),
+        scalar = round(d.query_scale**-2, 6)
+        text |= {  # transformers insists that a whole number be written as one
+            "query_pre_attn_scalar": int(scalar) if scalar % 1 == 0 else scalar,
             "attn_logit_softcapping": d.attention_cap,
             "final_logit_softcapping": d.logit_cap,
             "sliding_window": d.sliding_window,
@@ -491,6 +497,23 @@ def config_json(config: PaliGemmaConfig, dtype: torch.dtype) -> dict:
         "torch_dtype": str(dtype).removeprefix("torch."),
         "text_config": text, "vision_config": vision,
     }  # fmt: skip
+
+
+# cell a9ac7d7a
+def check_expressible(config: DecoderConfig, text: dict) -> None:
+    """What config.json cannot say would be lost without a word.
+
+    text      the text_config that is about to be written
+    """
+    again = decoder_config(text)
+    for name, value in vars(config).items():
+        read = getattr(again, name)
+        same = name == "query_scale" and math.isclose(read, value, rel_tol=1e-6)
+        if read != value and not same:
+            raise ValueError(
+                f"config.json has no word for {name} = {value} of a "
+                f"{config.architecture} decoder: it would be read as {read}"
+            )
 
 
 # cell cc5e7174
@@ -539,7 +562,8 @@ def save_model(
     """Write a checkpoint folder in the layout of the released ones.
 
     processor    with it, `pali.load(folder)` works on the result
-    raises       OSError if the folder cannot be written; nothing half-written
+    raises       OSError if the folder cannot be written; nothing half-written;
+                 ValueError if config.json has no words for the configuration
     """
     folder, state = Path(folder), model.state_dict()
     architecture = model.config.decoder.architecture
@@ -547,7 +571,8 @@ def save_model(
         released_name(checkpoint_name(name, architecture)): t.detach().contiguous()
         for name, t in state.items()
     }
-    dtype = model.decoder.embedding.dtype
+    data = config_json(model.config, model.decoder.embedding.dtype)
+    check_expressible(model.config.decoder, data["text_config"])
 
     def as_json(data):
         text = json.dumps(data, indent=2) + "\n"
@@ -555,7 +580,7 @@ def save_model(
 
     files = {
         "model.safetensors": lambda path: save_file(tensors, path, {"format": "pt"}),
-        "config.json": as_json(config_json(model.config, dtype)),
+        "config.json": as_json(data),
     }
     if processor is not None:
         files["preprocessor_config.json"] = as_json(preprocessor_json(processor))
