@@ -6,7 +6,6 @@ names with the levels of the released files put back).
 
 import json
 import os
-import resource
 import shutil
 import stat
 import subprocess
@@ -16,12 +15,17 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers.models.siglip.image_processing_pil_siglip import (
+    SiglipImageProcessorPil,
+)
 
 import pali
 import pali.weights
@@ -37,6 +41,7 @@ from reference import (
     reference_logits,
     rows,
 )
+from tiny import tiny_model
 
 SHAPES = {"gemma": PALIGEMMA_1, "gemma2": PALIGEMMA_2}
 EMBEDDING = "language_model.model.embed_tokens.weight"
@@ -395,10 +400,7 @@ DAMAGE = {
         r"config.json lacks the key 'patch_size'",
     ),
     "size as text": (in_text(hidden_size="32"), r"config.json .* hidden_size"),
-    "size below 1": (
-        in_text(intermediate_size=-5),
-        r"config.json .* intermediate_size",
-    ),
+    "size below 1": (in_text(num_attention_heads=-4), r"json .* num_attention_heads"),
     "size not whole": (in_text(head_dim=16.5), r"config.json .* head_dim"),
     "epsilon as text": (in_text(rms_norm_eps="tiny"), r"config.json .* rms_norm_eps"),
     "more layers than weights": (
@@ -615,14 +617,30 @@ def test_with_a_processor_the_whole_can_be_loaded_again(tmp_path):
     assert source.encode("two dogs") == processor.tokenizer.encode("two dogs")
 
 
-def test_transformers_reads_our_picture_settings(tmp_path):
+def test_transformers_prepares_pictures_by_our_settings_as_we_do(tmp_path):
     model, processor = pali.load("mini", dtype=None)
     pali.save_model(model, tmp_path, processor)
-    data = json.loads((tmp_path / "preprocessor_config.json").read_text())
-    theirs = transformers.SiglipImageProcessor
-    assert data["image_processor_type"] == theirs.__name__
-    assert data["size"] == {"height": 128, "width": 128}
-    assert data["image_mean"] == data["image_std"] == [0.5, 0.5, 0.5]
+    theirs = SiglipImageProcessorPil.from_pretrained(tmp_path)
+    rng = np.random.default_rng(0)
+    picture = Image.fromarray(rng.integers(0, 256, (90, 140, 3), dtype=np.uint8))
+    want = theirs(images=[picture], return_tensors="pt")["pixel_values"]
+    assert processor(picture, "").pixels.equal(want)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "says"),
+    [
+        ("gemma", {"query_scale": 0.5}, "no word for query_scale = 0.5 of a gemma"),
+        ("gemma", {"attention_cap": 50.0}, "no word for attention_cap"),
+        ("gemma", {"sliding_window": 8}, "no word for sliding_window"),
+    ],
+)
+def test_a_decoder_that_config_json_cannot_express_is_not_saved(
+    kind, change, says, tmp_path
+):
+    with pytest.raises(ValueError, match=says):
+        save_model(tiny_model(kind, **change), tmp_path / "new")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_can_be_saved_onto_itself_while_it_is_mapped(tmp_path):
@@ -669,7 +687,7 @@ def test_a_save_that_fails_leaves_the_old_folder_whole(name, tmp_path, monkeypat
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
-@pytest.mark.skipif(not hasattr(resource, "RLIMIT_FSIZE"), reason="no limits here")
+@pytest.mark.slow
 def test_a_disk_that_is_full_is_an_oserror_and_leaves_nothing(tmp_path):
     # a real write that really fails: no file of this process may exceed 20 kB
     script = f"""

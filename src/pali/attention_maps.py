@@ -4,11 +4,14 @@ Generated from notebooks/24_attention_maps.ipynb: edit the notebook, then run `m
 export`. Each block names the cell it comes from.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import matplotlib.pyplot as plt
 import torch
+from matplotlib.colors import LinearSegmentedColormap
+from PIL import Image
 from torch import Tensor
 
 from pali import viz
@@ -19,16 +22,62 @@ from pali.tokens import Box, Processor
 
 __all__ = [
     "AnswerAttention",
+    "TINT",
     "answer_attention",
     "attention_figure",
     "box_cells",
     "contrast",
     "energy_in_box",
+    "first_maps",
+    "hide",
     "lift",
     "localising_heads",
+    "log_chance",
+    "occlusion",
     "pointing_hit",
+    "read_maps",
     "spread",
 ]
+
+
+# cell e6d313ce
+def read_maps(trace: dict, is_image: Tensor, rows: slice) -> Tensor:
+    """Rows of the decoder's attention, cut to the picture, as grids.
+
+    trace       what one forward pass recorded
+    is_image    bool[B, S], True where a key is a patch
+    rows        the queries to keep
+    returns     float32[B, L, H, rows, g, g]
+    """
+    layers = sum(
+        name.startswith("decoder.") and name.endswith(".attention") for name in trace
+    )
+    kept = [trace[f"decoder.{i}.attention"][:, :, rows] for i in range(layers)]
+    weights = torch.stack(kept, dim=1).float()  # [B, L, H, rows, S]
+    maps = [w[..., m] for w, m in zip(weights, is_image, strict=True)]
+    side = math.isqrt(maps[0].shape[-1])
+    return torch.stack(maps).unflatten(-1, (side, side))
+
+
+# cell 6b429575
+@torch.no_grad()
+def first_maps(
+    model: PaliGemma, processor: Processor, images, prompts, batch: int = 12
+) -> Tensor:
+    """Where every head looks while the first token of each answer is chosen.
+
+    returns   float32[B, L, H, g, g]; a map sums to its image share, the rest
+              of the row lies on the text
+    """
+    maps = []
+    for i in range(0, len(prompts), batch):
+        part = processor(images[i : i + batch], prompts[i : i + batch])
+        part = part.to(model.decoder.embedding.device)
+        trace = {}
+        model(part.pixels, part.ids, valid=part.valid, last_only=True, trace=trace)
+        is_image = part.ids == processor.image_id
+        maps.append(read_maps(trace, is_image, slice(-1, None))[:, :, :, 0])
+    return torch.cat(maps)
 
 
 # cell e2c5b380
@@ -37,7 +86,7 @@ class AnswerAttention:
     """Where the decoder looked while it chose each token of an answer.
 
     text       the answer
-    tokens     one string a step; the last may be `<eos>`
+    tokens     one string a step, `<eos>` last
     maps       float32[steps, L, H, g, g], weights on the image columns of the
                row that chose the token: the last prompt position for the
                first, then the token before
@@ -51,34 +100,33 @@ class AnswerAttention:
 
 
 # cell 34859c99
+@torch.no_grad()
 def answer_attention(
-    model: PaliGemma, processor: Processor, image, prompt: str, max_new_tokens=64
+    model: PaliGemma,
+    processor: Processor,
+    image,
+    prompt: str,
+    text: str | None = None,
+    max_new_tokens: int = 64,
 ) -> AnswerAttention:
-    """Answer a prompt and keep the attention rows that chose each token.
+    """The attention rows that choose each token of an answer about a picture.
 
-    raises    ValueError if there is not exactly one picture
+    text    the answer; None: what the model says, taking the best token
     """
-    trace: list[dict] = []
     image = open_picture(image)
-    text = generate(
-        model, processor, image, prompt, max_new_tokens=max_new_tokens, trace=trace
-    )[0]
-    layers, N = model.config.decoder.num_layers, processor.num_patches
-    rows = torch.stack(
-        [
-            torch.stack(
-                [step[f"decoder.{i}.attention"][0, :, -1, :N] for i in range(layers)]
-            )
-            for step in trace
-        ]
-    ).float()  # [steps, L, H, N]
-    ids = processor.tokenizer.encode(text)
-    tokens = [processor.tokenizer.piece(i) for i in ids]
-    tokens += ["<eos>"] * (len(trace) - len(tokens))
-    side = int(N**0.5)
-    return AnswerAttention(
-        text, tokens[: len(trace)], rows.unflatten(-1, (side, side)), rows.sum(-1)
-    )
+    if text is None:
+        text = generate(
+            model, processor, image, prompt, max_new_tokens=max_new_tokens
+        )[0]
+    batch = processor(image, prompt, text).to(model.decoder.embedding.device)
+    steps, trace = int(batch.suffix.sum()), {}
+    model(batch.pixels, batch.ids, suffix=batch.suffix, last_only=True, trace=trace)
+    is_image = batch.ids == processor.image_id
+    maps = read_maps(trace, is_image, slice(-steps - 1, -1))[0]
+    maps = maps.permute(2, 0, 1, 3, 4).cpu()  # [steps, L, H, g, g]
+    ids = batch.ids[0, -steps:].tolist()
+    tokens = [processor.tokenizer.piece(i) for i in ids[:-1]] + ["<eos>"]
+    return AnswerAttention(text, tokens, maps, maps.sum(dim=(-2, -1)))
 
 
 # cell acac42b3
@@ -100,7 +148,7 @@ def box_cells(box: Box, image_size: tuple[int, int], side: int) -> Tensor:
 def energy_in_box(maps: Tensor, cells: Tensor) -> Tensor:
     """The part of a map's weight that falls into a box, 0 to 1.
 
-    maps      float[..., g, g];  cells  float[g, g] from `box_cells`
+    maps      float[..., g, g];  cells  float[..., g, g] from `box_cells`
     source    Wang et al. 2020 (Score-CAM)
     """
     total = maps.sum(dim=(-2, -1)).clamp(min=1e-12)
@@ -110,27 +158,34 @@ def energy_in_box(maps: Tensor, cells: Tensor) -> Tensor:
 # cell c04f2b0a
 def lift(maps: Tensor, cells: Tensor) -> Tensor:
     """Energy in the box over the box's share of the picture; chance is 1."""
-    return energy_in_box(maps, cells) / cells.mean()
+    return energy_in_box(maps, cells) / cells.mean(dim=(-2, -1))
 
 
 # cell 4008d6b1
 def pointing_hit(maps: Tensor, cells: Tensor) -> Tensor:
-    """Whether the strongest cell lies in the box (at least half covered).
+    """Whether the strongest cell lies in the box, at least half covered.
 
-    returns   bool[...];  source  Zhang et al. 2018
+    returns   float[...]: 1 or 0, or the share of hits among cells that tie
+    source    Zhang et al. 2018
     """
-    best = maps.flatten(-2).argmax(dim=-1)
-    return cells.flatten()[best] >= 0.5
+    best = maps == maps.amax(dim=(-2, -1), keepdim=True)
+    hits = best & (cells >= 0.5)
+    return hits.sum(dim=(-2, -1)) / best.sum(dim=(-2, -1))
 
 
-# cell 3681f601
-def contrast(maps: Tensor, own: Tensor, other: Tensor) -> Tensor:
-    """Energy in the box asked for, less energy in another object's box.
+# cell 658f4db0
+def contrast(first: Tensor, second: Tensor, own: Tensor, other: Tensor) -> Tensor:
+    """How far maps move with the question: 0 if not at all, 1 at most.
 
-    The one score that a habit of looking at the middle, or at bright colours,
-    cannot raise: ask for the other object and the sign must turn.
+    first, second    float[..., g, g], maps under two questions, each about
+                     one of two things in the same picture
+    own, other       float[..., g, g], cells of the first and second thing
+    note             habits cancel: a liking for the middle, or for bright
+                     colours, is the same under both questions
     """
-    return energy_in_box(maps, own) - energy_in_box(maps, other)
+    moved = energy_in_box(first, own) - energy_in_box(first, other)
+    back = energy_in_box(second, other) - energy_in_box(second, own)
+    return (moved + back) / 2
 
 
 # cell ee997a27
@@ -150,9 +205,65 @@ def localising_heads(seen: AnswerAttention, count: int = 3) -> list[tuple[int, i
     source    after Kang et al. 2025: chosen without knowing the truth
     """
     cells = seen.maps.shape[-1] * seen.maps.shape[-2]
-    score = (seen.shares * (torch.tensor(cells).log() - spread(seen.maps))).mean(dim=0)
+    score = (seen.shares * (math.log(cells) - spread(seen.maps))).mean(dim=0)
     best = score.flatten().topk(count).indices.tolist()
     return [divmod(i, score.shape[1]) for i in best]
+
+
+# cell 3b80e490
+@torch.no_grad()
+def log_chance(
+    model: PaliGemma, processor: Processor, images, prompts, texts, batch: int = 16
+) -> Tensor:
+    """Log-probability of whole answers, `<eos>` included, in nats: float32[B]."""
+    sums = []
+    for i in range(0, len(prompts), batch):
+        rows = (x[i : i + batch] for x in (images, prompts, texts))
+        part = processor(*rows).to(model.decoder.embedding.device)
+        logits = model(part.pixels, part.ids, valid=part.valid, suffix=part.suffix)
+        chances = logits[:, :-1].float().log_softmax(dim=-1)
+        own = chances.gather(-1, part.ids[:, 1:, None])[..., 0]
+        sums.append((own * part.suffix[:, 1:]).sum(dim=-1))
+    return torch.cat(sums)
+
+
+# cell 6d7e0d39
+def hide(image: Image.Image, xyxy, colour=None) -> Image.Image:
+    """A copy with a rectangle painted over; None: in the picture's mean colour."""
+    x0, y0, x1, y1 = (round(v) for v in xyxy)
+    if colour is None:
+        small = image.convert("RGB").resize((1, 1), Image.Resampling.BOX)
+        colour = small.getpixel((0, 0))
+    image = image.convert("RGB")  # a copy
+    image.paste(colour, (x0, y0, x1, y1))
+    return image
+
+
+# cell 14e2e8d6
+def occlusion(
+    model: PaliGemma, processor: Processor, image, prompt: str, text: str, blocks=8
+) -> Tensor:
+    """How much likelihood an answer loses when a block of the picture is hidden.
+
+    returns   float32[blocks, blocks], nats; negative where hiding helps
+    source    Zeiler & Fergus 2014
+    """
+    image = open_picture(image)
+    hidden = [image]
+    for row in range(blocks):
+        for column in range(blocks):
+            x, y = image.width / blocks, image.height / blocks
+            corner = (column * x, row * y, (column + 1) * x, (row + 1) * y)
+            hidden.append(hide(image, corner))
+    n = len(hidden)
+    chances = log_chance(model, processor, hidden, [prompt] * n, [text] * n)
+    return (chances[0] - chances[1:]).view(blocks, blocks)
+
+
+# cell b598d57d
+TINT = LinearSegmentedColormap.from_list(
+    "pali_tint", [(0.85, 0.48, 0.0, 0.0), (0.85, 0.48, 0.0, 0.6), (0.54, 0.2, 0.0, 1.0)]
+)
 
 
 # cell 4bf8cce7
@@ -160,26 +271,33 @@ def attention_figure(image, prompt: str, seen: AnswerAttention, heads: Sequence)
     """The picture beside one map for each answer token, on one common scale.
 
     heads      (layer, head) pairs whose maps are averaged
-    returns    matplotlib Figure, not shown; cells are "times uniform"
+    returns    matplotlib Figure, not shown; 1 is even looking at the picture
+               with the whole row; up to 15 tokens
     """
     image = open_picture(image)
     maps = torch.stack([seen.maps[:, i, j] for i, j in heads]).mean(dim=0)
-    count = min(len(seen.tokens), 11)
+    maps = maps * maps[0].numel()  # times uniform
+    count = min(len(seen.tokens), 15)
     columns = min(count + 1, 4)
     rows = -(-(count + 1) // columns)
     with plt.ioff():
         viz.use_style()
         figure, axes = plt.subplots(
-            rows, columns, figsize=(2 * columns, 2.3 * rows), squeeze=False
+            rows, columns, figsize=(2 * columns + 0.6, 2.25 * rows + 0.4), squeeze=False
         )
-    flat = list(axes.flat)
-    viz.picture(image, title=prompt, ax=flat[0])
-    top = float(maps[:count].max()) * maps[0].numel()
-    for token, one, ax in zip(seen.tokens, maps, flat[1:], strict=False):
-        shown = ax.imshow(one * one.numel(), cmap="cividis", vmin=0, vmax=top)
-        ax.set_title(f"{token}\nimage share {one.sum():.0%}", fontsize=9)
+    for ax in axes.flat:
         ax.set_axis_off()
-    for ax in flat[count + 1 :]:
-        ax.set_axis_off()
-    figure.colorbar(shown, ax=axes, label="times uniform", shrink=0.7)
+    panels = list(axes.flat)
+    viz.picture(image, title="the picture", ax=panels[0])
+    top = max(float(maps[:count].max()), 2.0)
+    grey = image.convert("L").point(lambda v: 90 + v * 165 // 255)
+    extent = (-0.5, image.width - 0.5, image.height - 0.5, -0.5)
+    for token, one, ax in zip(seen.tokens, maps, panels[1:], strict=False):
+        viz.picture(grey.convert("RGB"), ax=ax)
+        shown = ax.imshow(one, cmap=TINT, vmin=1, vmax=top, extent=extent)
+        ax.set_title(f"{token.replace('▁', ' ')}\n{one.mean():.0%} on the picture")
+        ax.title.set(fontsize=9, fontweight="normal")
+    names = ", ".join(f"{i}.{j}" for i, j in heads)
+    figure.suptitle(f"{prompt}   (heads {names})", x=0.01, ha="left")
+    figure.colorbar(shown, ax=list(axes.flat), label="times uniform", shrink=0.6)
     return figure

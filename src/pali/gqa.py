@@ -42,17 +42,19 @@ def attend_grouped(
     trace     receives f"{name}.attention", float[B, Hq, T, S]
     returns   float[B, Hq, T, Dh]
     note      the queries of a group are stacked as rows of one product, so
-              keys and values are neither repeated nor copied
+              keys and values are neither repeated nor copied; with a trace
+              they are repeated, so that each head's weights can be seen
     source    Ainslie et al. 2023; with Hkv = 1, Shazeer 2019
     """
     groups, T = q.shape[1] // k.shape[1], q.shape[2]
-    q = q.unflatten(1, (-1, groups)).flatten(2, 3)  # [B, Hkv, groups * T, Dh]
-    if mask is not None and T > 1:  # a single row fits every group by itself
+    options = {"scale": scale, "softcap": softcap}
+    if trace is not None:  # weights of each head, in the graph: plainly
+        k, v = repeat_heads(k, groups), repeat_heads(v, groups)
+        return attend(q, k, v, mask, **options, trace=trace, name=name)
+    q = q.unflatten(1, (-1, groups)).flatten(2, 3)  # [B, Hkv, G * T, Dh]
+    if mask is not None and T > 1:  # a single row fits every group as it is
         mask = mask.repeat(1, 1, groups, 1)
-    y = attend(q, k, v, mask, scale=scale, softcap=softcap, trace=trace, name=name)
-    if trace is not None:
-        weights = trace[f"{name}.attention"]
-        trace[f"{name}.attention"] = weights.unflatten(2, (groups, T)).flatten(1, 2)
+    y = attend(q, k, v, mask, **options)
     return y.unflatten(2, (groups, T)).flatten(1, 2)
 
 
