@@ -87,7 +87,9 @@ def attend(
     returns   float[B, H, T, Dh]
     """
     if trace is None and softcap is None:
-        return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+        return F.scaled_dot_product_attention(
+            q, k, v, mask, scale=scale
+        )
     y, weights = attend_written_out(
         q, k, v, mask, scale=scale, softcap=softcap
     )
@@ -98,13 +100,15 @@ def attend(
 
 # cell af8f5d00
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
-    """float[B, T, H * Dh] -> float[B, H, T, Dh]: each head its slice."""
+    """float[B, T, H * Dh] -> float[B, H, T, Dh]: each head its
+    slice."""
     return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
 # cell 20983b15
 def merge_heads(x: Tensor) -> Tensor:
-    """float[B, H, T, Dh] -> float[B, T, H * Dh], undoes `split_heads`."""
+    """float[B, H, T, Dh] -> float[B, T, H * Dh], undoes
+    `split_heads`."""
     return x.transpose(1, 2).flatten(2)
 
 

@@ -14,11 +14,12 @@ __all__ = ["GroupedQueryAttention", "attend_grouped", "repeat_heads"]
 
 # cell f75e9d35
 def repeat_heads(x: Tensor, groups: int) -> Tensor:
-    """float[B, Hkv, S, Dh] -> float[B, Hkv * groups, S, Dh], head by head.
+    """float[B, Hkv, S, Dh] -> float[B, Hkv * groups, S, Dh], head by
+    head.
 
-    Each key/value head stands `groups` times in a row, so query head i meets
-    key/value head i // groups. Plain, and needs memory: `attend_grouped` gives
-    the same without copies.
+    Each key/value head stands `groups` times in a row, so query head i
+    meets key/value head i // groups. Plain, and needs memory:
+    `attend_grouped` gives the same without copies.
     """
     return x.repeat_interleave(groups, dim=1)
 
@@ -41,9 +42,10 @@ def attend_grouped(
     mask      bool[B, 1, T, S], True where a query may look
     trace     receives f"{name}.attention", float[B, Hq, T, S]
     returns   float[B, Hq, T, Dh]
-    note      the queries of a group are stacked as rows of one product, so
-              keys and values are neither repeated nor copied; with a trace
-              they are repeated, so that each head's weights can be seen
+    note      the queries of a group are stacked as rows of one product,
+              so keys and values are neither repeated nor copied; with a
+              trace they are repeated, so that each head's weights can
+              be seen
     source    Ainslie et al. 2023; with Hkv = 1, Shazeer 2019
     """
     groups, T = q.shape[1] // k.shape[1], q.shape[2]
@@ -51,8 +53,10 @@ def attend_grouped(
     if trace is not None:  # weights of each head, in the graph: plainly
         k, v = repeat_heads(k, groups), repeat_heads(v, groups)
         return attend(q, k, v, mask, **options, trace=trace, name=name)
-    q = q.unflatten(1, (-1, groups)).flatten(2, 3)  # [B, Hkv, G * T, Dh]
-    if mask is not None and T > 1:  # a single row fits every group as it is
+    # [B, Hkv, G * T, Dh]
+    q = q.unflatten(1, (-1, groups)).flatten(2, 3)
+    # a single row fits every group as it is
+    if mask is not None and T > 1:
         mask = mask.repeat(1, 1, groups, 1)
     y = attend(q, k, v, mask, **options)
     return y.unflatten(2, (groups, T)).flatten(1, 2)
@@ -60,12 +64,15 @@ def attend_grouped(
 
 # cell 630028e8
 class GroupedQueryAttention(nn.Module):
-    """The decoder's attention: rotary positions, shared keys, no biases.
+    """The decoder's attention: rotary positions, shared keys, no
+    biases.
 
     x         float[B, T, width]
     table     cosine and sine for these T tokens, from `rope_table`
-    mask      bool[B, 1, T, S], True where a query may look; None: everywhere
-    cache     if given, called with the new keys and values, returns all of them
+    mask      bool[B, 1, T, S], True where a query may look; None:
+              everywhere
+    cache     if given, called with the new keys and values, returns all
+              of them
     returns   float[B, T, width]
     """
 
@@ -88,7 +95,9 @@ class GroupedQueryAttention(nn.Module):
         self.scale, self.softcap = scale, softcap
         self.query = nn.Linear(width, num_heads * head_dim, bias=False)
         self.key = nn.Linear(width, num_kv_heads * head_dim, bias=False)
-        self.value = nn.Linear(width, num_kv_heads * head_dim, bias=False)
+        self.value = nn.Linear(
+            width, num_kv_heads * head_dim, bias=False
+        )
         self.output = nn.Linear(num_heads * head_dim, width, bias=False)
 
     def forward(
@@ -100,9 +109,14 @@ class GroupedQueryAttention(nn.Module):
         trace: Trace = None,
         name: str = "",
     ) -> Tensor:
-        q = rotate_pairs(split_heads(self.query(x), self.num_heads), table)
-        k = rotate_pairs(split_heads(self.key(x), self.num_kv_heads), table)
-        v = split_heads(self.value(x), self.num_kv_heads)  # never rotated
+        q = rotate_pairs(
+            split_heads(self.query(x), self.num_heads), table
+        )
+        k = rotate_pairs(
+            split_heads(self.key(x), self.num_kv_heads), table
+        )
+        # never rotated
+        v = split_heads(self.value(x), self.num_kv_heads)
         if cache is not None:
             k, v = cache(k, v)
         y = attend_grouped(

@@ -12,7 +12,8 @@ __all__ = ["GeGLU"]
 
 # cell 959add71
 class GeGLU(nn.Module):
-    """The decoder's MLP: one layer makes features, another opens or shuts them.
+    """The decoder's MLP: one layer makes features, another opens or
+    shuts them.
 
     x         float[..., width] -> float[..., width]
     note      only the gate passes through GELU (tanh form); no biases
@@ -26,4 +27,6 @@ class GeGLU(nn.Module):
         self.down = nn.Linear(mlp_width, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.gate(x), approximate="tanh") * self.up(x))
+        return self.down(
+            F.gelu(self.gate(x), approximate="tanh") * self.up(x)
+        )

@@ -51,7 +51,11 @@ def on_white(image: Image.Image) -> Image.Image:
 def upright(image: Image.Image) -> Image.Image:
     """Turn a picture as its EXIF tag asks; a damaged tag is ignored."""
     T = Image.Transpose
-    turns = {2: T.FLIP_LEFT_RIGHT, 3: T.ROTATE_180, 4: T.FLIP_TOP_BOTTOM}
+    turns = {
+        2: T.FLIP_LEFT_RIGHT,
+        3: T.ROTATE_180,
+        4: T.FLIP_TOP_BOTTOM,
+    }
     turns |= {5: T.TRANSPOSE, 6: T.ROTATE_270, 7: T.TRANSVERSE}
     turns |= {8: T.ROTATE_90}
     image.load()  # a TIFF turns itself here, and drops the tag
@@ -79,7 +83,8 @@ def from_array(array: np.ndarray) -> Image.Image:
 def read_picture(
     source: str | Path | bytes | Image.Image,
 ) -> Image.Image:
-    """Decode a file, of an animation its first frame, or take an image."""
+    """Decode a file, of an animation its first frame, or take an
+    image."""
     if isinstance(source, Image.Image):
         if 0 in source.size:
             raise ValueError("it has no pixel")
@@ -147,8 +152,8 @@ def patchify(pixels: Tensor, patch_size: int) -> Tensor:
     """Cut pictures into square patches, row by row, and flatten each.
 
     pixels    float[B, C, H, W], H and W multiples of patch_size
-    returns   float[B, N, C * P * P], N = (H / P) * (W / P); patch k is at
-              row k // (W / P), column k % (W / P)
+    returns   float[B, N, C * P * P], N = (H / P) * (W / P); patch k is
+              at row k // (W / P), column k % (W / P)
     """
     B, C, H, W = pixels.shape
     P = patch_size
@@ -178,12 +183,13 @@ def unpatchify(patches: Tensor, patch_size: int, height: int) -> Tensor:
 
 # cell 23a9201a
 class PatchEmbedding(nn.Module):
-    """Cut the picture into patches and map each to a vector: one product.
+    """Cut the picture into patches and map each to a vector: one
+    product.
 
     pixels    float[B, C, S, S]
     returns   float[B, N, width]
-    weight    float[width, C, P, P]: stored as the filters of a convolution
-              with stride P, which is the same computation
+    weight    float[width, C, P, P]: stored as the filters of a
+              convolution with stride P, which is the same computation
     source    Dosovitskiy et al. 2021
     """
 
@@ -195,7 +201,9 @@ class PatchEmbedding(nn.Module):
         shape = (width, channels, patch_size, patch_size)
         self.weight = nn.Parameter(torch.empty(shape))
         self.bias = nn.Parameter(torch.zeros(width))
-        nn.init.normal_(self.weight, std=(channels * patch_size**2) ** -0.5)
+        nn.init.normal_(
+            self.weight, std=(channels * patch_size**2) ** -0.5
+        )
 
     def forward(self, pixels: Tensor) -> Tensor:
         patches = patchify(pixels, self.patch_size)  # [B, N, C * P * P]

@@ -11,18 +11,25 @@ __all__ = ["apply_rope", "rope_angles", "rope_table", "rotate_pairs"]
 
 
 # cell 152658e3
-def rope_angles(positions: Tensor, head_dim: int, base: float = 10_000.0) -> Tensor:
+def rope_angles(
+    positions: Tensor, head_dim: int, base: float = 10_000.0
+) -> Tensor:
     """How far each feature pair has turned at each position.
 
-    positions   int[B, T], index of the token in the whole sequence, from 0
-    returns     float32[B, T, Dh/2], radians; pair i turns base**(-2i/Dh) per token
+    positions   int[B, T], index of the token in the whole sequence,
+                from 0
+    returns     float32[B, T, Dh/2], radians; pair i turns
+                base**(-2i/Dh) per token
     raises      ValueError if head_dim is odd
     source      Su et al. 2021, section 3
     """
     if head_dim % 2:
-        raise ValueError(f"head_dim must be even to form pairs, got {head_dim}")
+        raise ValueError(
+            f"head_dim must be even to form pairs, got {head_dim}"
+        )
     pair = torch.arange(head_dim // 2, device=positions.device)
-    per_token = 1.0 / base ** (2 * pair.float() / head_dim)  # float32[Dh/2]
+    # float32[Dh/2]
+    per_token = 1.0 / base ** (2 * pair.float() / head_dim)
     return positions[..., None].float() * per_token
 
 
@@ -31,14 +38,16 @@ def rope_table(angles: Tensor) -> tuple[Tensor, Tensor]:
     """Cosine and sine of the angles, laid out for every head at once.
 
     angles    float32[B, T, Dh/2]
-    returns   two float32[B, 1, T, Dh/2]; computed once, used by every layer
+    returns   two float32[B, 1, T, Dh/2]; computed once, used by every
+              layer
     """
     return angles.cos()[:, None], angles.sin()[:, None]
 
 
 # cell b81a3ec6
 def rotate_pairs(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn every pair (x[i], x[i + Dh/2]) of a head vector by its angle.
+    """Turn every pair (x[i], x[i + Dh/2]) of a head vector by its
+    angle.
 
     x         float[B, H, T, Dh]
     table     cosine and sine from `rope_table`
@@ -46,12 +55,15 @@ def rotate_pairs(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     """
     cos, sin = table
     a, b = x.float().chunk(2, dim=-1)  # halves, as in Gemma
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(
+        x.dtype
+    )
 
 
 # cell 22134dd2
 def apply_rope(x: Tensor, angles: Tensor) -> Tensor:
-    """Turn head vectors by angles: `rotate_pairs` with its table made here.
+    """Turn head vectors by angles: `rotate_pairs` with its table made
+    here.
 
     x         float[B, H, T, Dh]
     angles    float32[B, T, Dh/2], radians, from `rope_angles`

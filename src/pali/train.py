@@ -81,20 +81,25 @@ VOCABULARY = 1792  # pieces in the tokenizer of the little world
 # cell fef56688
 @dataclass(frozen=True)
 class Settings:
-    """All that decides a training run; the same settings give the same curve.
+    """All that decides a training run; the same settings give the same
+    curve.
 
     steps            optimiser steps;  batch_size  pictures a step
     questions        about one picture in one sequence, while packed
-    matrix_rate      learning rate of Muon, for the matrices of the blocks
+    matrix_rate      learning rate of Muon, for the matrices of the
+                     blocks
     other_rate       learning rate of AdamW, for all else
     warmup           steps until the full rate
-    decay            last share of the steps, in which the rate falls to 0
-    plain            last share of the steps, one question a picture under
-                     the mask that inference uses
-    part             pictures that are computed at once; smaller parts stay in
-                     the processor's caches, the gradients add up to the same
+    decay            last share of the steps, in which the rate falls to
+                     0
+    plain            last share of the steps, one question a picture
+                     under the mask that inference uses
+    part             pictures that are computed at once; smaller parts
+                     stay in the processor's caches, the gradients add
+                     up to the same
     precision        "float32" or "bfloat16" (autocast)
-    checkpoint_every steps between checkpoints, each with an evaluation line
+    checkpoint_every steps between checkpoints, each with an evaluation
+    line
     """
 
     seed: int = 1
@@ -116,7 +121,9 @@ class Settings:
         for name, value in vars(self).items():
             share = name in ("matrix_rate", "other_rate", "decay")
             if isinstance(value, int) and name != "seed" and value < 1:
-                raise ValueError(f"{name} must be 1 or more, not {value}")
+                raise ValueError(
+                    f"{name} must be 1 or more, not {value}"
+                )
             if share and not 0 < value <= 1:
                 raise ValueError(
                     f"{name} must be above 0, at most 1, not {value}"
@@ -134,8 +141,8 @@ class Settings:
 def mini_config(tokenizer: Tokenizer) -> PaliGemmaConfig:
     """The shape of the shipped model: PaliGemma 1, only smaller.
 
-    The vocabulary is the tokenizer's, then `<image>`, filled up to a multiple
-    of 64 as in the released models.
+    The vocabulary is the tokenizer's, then `<image>`, filled up to a
+    multiple of 64 as in the released models.
     """
     vision = VisionConfig(
         image_size=128, patch_size=8, width=128, num_layers=4, num_heads=4,
@@ -150,13 +157,17 @@ def mini_config(tokenizer: Tokenizer) -> PaliGemmaConfig:
 
 
 # cell fada8884
-def train_tokenizer(texts: Iterable[str], path: Path, vocab_size: int) -> None:
-    """Learn SentencePiece pieces from texts and write `tokenizer.model`.
+def train_tokenizer(
+    texts: Iterable[str], path: Path, vocab_size: int
+) -> None:
+    """Learn SentencePiece pieces from texts and write
+    `tokenizer.model`.
 
-    vocab_size    all pieces, the 1,152 location and outline tokens included
+    vocab_size    all pieces, the 1,152 location and outline tokens
+                  included
     note          the settings are those of Gemma's tokenizer: byte-pair
-                  merges, bytes for what is unknown, digits apart, no space
-                  put in front
+                  merges, bytes for what is unknown, digits apart, no
+                  space put in front
     """
     names = [f"<loc{i:04d}>" for i in range(NUM_LOCATIONS)]
     names += [f"<seg{i:03d}>" for i in range(NUM_SEGMENTS)]
@@ -179,28 +190,35 @@ def train_tokenizer(texts: Iterable[str], path: Path, vocab_size: int) -> None:
 
 
 # cell d248bd16
-def smooth_locations(model: PaliGemma, tokenizer: Tokenizer, seed: int) -> None:
+def smooth_locations(
+    model: PaliGemma, tokenizer: Tokenizer, seed: int
+) -> None:
     """Start location tokens as a smooth curve: neighbours nearly alike.
 
-    Sines of random phase and falling strength replace independent noise of
-    the same size, so what is learned of one place helps the next.
+    Sines of random phase and falling strength replace independent noise
+    of the same size, so what is learned of one place helps the next.
     """
     generator = torch.Generator().manual_seed(seed)
     width = model.config.decoder.width
     place = torch.linspace(0, 1, NUM_LOCATIONS)[:, None]
     waves = 24 * torch.rand(width, generator=generator) ** 2
     phase = math.tau * torch.rand(width, generator=generator)
-    curve = torch.sin(math.tau * waves * place + phase) * (2 / width) ** 0.5
+    curve = (
+        torch.sin(math.tau * waves * place + phase) * (2 / width) ** 0.5
+    )
     first = tokenizer.special["<loc0000>"]
     with torch.no_grad():
         model.decoder.embedding[first : first + NUM_LOCATIONS] = curve
 
 
 # cell e0ec66c6
-def packed_mask(lengths: list[list[tuple[int, int]]], patches: int, T: int) -> Tensor:
+def packed_mask(
+    lengths: list[list[tuple[int, int]]], patches: int, T: int
+) -> Tensor:
     """Several questions about one picture, none of which sees another.
 
-    lengths   for each row, (prefix, suffix) lengths of its pairs, in order
+    lengths   for each row, (prefix, suffix) lengths of its pairs, in
+              order
     patches   image tokens, which come first and see only each other
     returns   bool[B, 1, T, T]; each pair sees the picture and, as a
               prefix-LM, itself
@@ -212,7 +230,9 @@ def packed_mask(lengths: list[list[tuple[int, int]]], patches: int, T: int) -> T
         for prefix, suffix in pairs:
             end = start + prefix + suffix
             is_suffix = torch.arange(prefix + suffix)[None] >= prefix
-            inside = prefix_lm_mask(torch.ones_like(is_suffix), is_suffix)
+            inside = prefix_lm_mask(
+                torch.ones_like(is_suffix), is_suffix
+            )
             row[start:end, :patches] = True
             row[start:end, start:end] = inside[0, 0]
             start = end
@@ -220,12 +240,16 @@ def packed_mask(lengths: list[list[tuple[int, int]]], patches: int, T: int) -> T
 
 
 # cell 0de976de
-def pack(processor: Processor, images: list, rows: list[list[tuple[str, str]]]):
+def pack(
+    processor: Processor,
+    images: list,
+    rows: list[list[tuple[str, str]]],
+):
     """A batch with all questions about a picture in one sequence.
 
     rows      for each picture, (prompt, answer) pairs
-    returns   Batch, mask bool[B, 1, T, T], positions int64[B, T]; positions
-              of each pair start again behind the picture
+    returns   Batch, mask bool[B, 1, T, T], positions int64[B, T];
+              positions of each pair start again behind the picture
     """
     N = processor.num_patches
     ids, labels, places, lengths = [], [], [], []
@@ -243,9 +267,15 @@ def pack(processor: Processor, images: list, rows: list[list[tuple[str, str]]]):
             lengths[-1].append((len(head), len(tail)))
     valid = pad_rows([[True] * len(row) for row in ids], False, "right")
     targets = pad_rows(labels, IGNORE, "right")
-    pixels = torch.stack([preprocess(i, processor.image_size) for i in images])
+    pixels = torch.stack(
+        [preprocess(i, processor.image_size) for i in images]
+    )
     batch = Batch(
-        pixels, pad_rows(ids, PAD, "right"), valid, targets != IGNORE, targets
+        pixels,
+        pad_rows(ids, PAD, "right"),
+        valid,
+        targets != IGNORE,
+        targets,
     )
     mask = packed_mask(lengths, N, valid.shape[1])
     return batch, mask, pad_rows(places, 0, "right")
@@ -253,12 +283,16 @@ def pack(processor: Processor, images: list, rows: list[list[tuple[str, str]]]):
 
 # cell e1b4cb3b
 def suffix_loss(
-    model: PaliGemma, batch: Batch, mask: Tensor | None = None,
+    model: PaliGemma,
+    batch: Batch,
+    mask: Tensor | None = None,
     positions: Tensor | None = None,
 ) -> Tensor:
-    """Mean cross-entropy of answer tokens, each predicted from the one before.
+    """Mean cross-entropy of answer tokens, each predicted from the one
+    before.
 
-    mask, positions    override what would be derived, as in `PaliGemma.forward`
+    mask, positions    override what would be derived, as in
+                       `PaliGemma.forward`
     returns            float32, a scalar, nats a token
     note               logits are made for the supervised places alone
     source             Beyer et al. 2024, section 3.1
@@ -277,24 +311,33 @@ def suffix_loss(
 
 # cell 85447480
 class Lessons(torch.utils.data.Dataset):
-    """What is shown at each step: a function of the settings and the step."""
+    """What is shown at each step: a function of the settings and the
+    step."""
 
-    def __init__(self, settings: Settings, processor: Processor) -> None:
+    def __init__(
+        self, settings: Settings, processor: Processor
+    ) -> None:
         self.settings, self.processor = settings, processor
 
     def __len__(self) -> int:
         return self.settings.steps
 
     def is_packed(self, step: int) -> bool:
-        return step < round(self.settings.steps * (1 - self.settings.plain))
+        return step < round(
+            self.settings.steps * (1 - self.settings.plain)
+        )
 
     def __getitem__(self, step: int):
         s = self.settings
         packed = self.is_packed(step)
-        start = FIRST_TRAINING_SEED + s.seed * 2**32 + step * s.batch_size
+        start = (
+            FIRST_TRAINING_SEED + s.seed * 2**32 + step * s.batch_size
+        )
         drawn = [scenes.scene(start + i) for i in range(s.batch_size)]
         rows = [
-            scenes.examples(scene, scenes.question_stream(scene), s.questions)
+            scenes.examples(
+                scene, scenes.question_stream(scene), s.questions
+            )
             for scene in drawn
         ]
         images = [scene.image for scene in drawn]
@@ -302,12 +345,21 @@ class Lessons(torch.utils.data.Dataset):
             return pack(self.processor, images, rows)
         pairs = [row[i % s.questions] for i, row in enumerate(rows)]
         prompts, answers = zip(*pairs, strict=True)
-        return self.processor(images, list(prompts), list(answers), "right"), None, None
+        return (
+            self.processor(
+                images, list(prompts), list(answers), "right"
+            ),
+            None,
+            None,
+        )
 
 
 # cell afd722e5
-def optimisers(model: PaliGemma, settings: Settings) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the blocks, AdamW for everything else.
+def optimisers(
+    model: PaliGemma, settings: Settings
+) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the blocks, AdamW for everything
+    else.
 
     source    Jordan et al. 2024; Loshchilov & Hutter 2019
     """
@@ -317,17 +369,23 @@ def optimisers(model: PaliGemma, settings: Settings) -> list[torch.optim.Optimiz
         (matrices if inside else others).append(weight)
     return [
         torch.optim.Muon(
-            matrices, lr=settings.matrix_rate, weight_decay=settings.weight_decay
+            matrices,
+            lr=settings.matrix_rate,
+            weight_decay=settings.weight_decay,
         ),
         torch.optim.AdamW(
-            others, lr=settings.other_rate, betas=(0.9, 0.98), weight_decay=0.0
+            others,
+            lr=settings.other_rate,
+            betas=(0.9, 0.98),
+            weight_decay=0.0,
         ),
     ]
 
 
 # cell 093bbdc5
 def rate_factor(step: int, settings: Settings) -> float:
-    """What the learning rates are multiplied by: up, level, then down to 0."""
+    """What the learning rates are multiplied by: up, level, then down
+    to 0."""
     up = (step + 1) / settings.warmup
     down = (settings.steps - step) / (settings.decay * settings.steps)
     return min(1.0, up, down)
@@ -335,15 +393,25 @@ def rate_factor(step: int, settings: Settings) -> float:
 
 # cell c62e6852
 def save_checkpoint(path: Path, model, optimizers, step: int) -> None:
-    """All that is needed to go on, in one file: weights, moments, step."""
-    tensors = {f"model.{k}": v.detach() for k, v in model.state_dict().items()}
+    """All that is needed to go on, in one file: weights, moments,
+    step."""
+    tensors = {
+        f"model.{k}": v.detach() for k, v in model.state_dict().items()
+    }
     for i, optimizer in enumerate(optimizers):
         for j, state in optimizer.state_dict()["state"].items():
             for key, value in state.items():
-                tensors[f"optimizer.{i}.{j}.{key}"] = torch.as_tensor(value)
-    tensors = {k: v.contiguous().cpu().clone() for k, v in tensors.items()}
+                tensors[f"optimizer.{i}.{j}.{key}"] = torch.as_tensor(
+                    value
+                )
+    tensors = {
+        k: v.contiguous().cpu().clone() for k, v in tensors.items()
+    }
     meta = {"step": str(step)}
-    write_files(path.parent, {path.name: lambda part: save_file(tensors, part, meta)})
+    write_files(
+        path.parent,
+        {path.name: lambda part: save_file(tensors, part, meta)},
+    )
 
 
 # cell 93d7eb71
@@ -362,13 +430,16 @@ def load_checkpoint(path: Path, model, optimizers) -> int:
                 _, _, j, key = name.split(".", 3)
                 state.setdefault(int(j), {})[key] = value
         groups = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict({"state": state, "param_groups": groups})
+        optimizer.load_state_dict(
+            {"state": state, "param_groups": groups}
+        )
     return step
 
 
 # cell f5334022
 def read_log(path: Path, before: int | None = None) -> list[dict]:
-    """The lines of a training log, at most those of the first `before` steps."""
+    """The lines of a training log, at most those of the first `before`
+    steps."""
     if not path.is_file():
         return []
     lines = []
@@ -377,7 +448,9 @@ def read_log(path: Path, before: int | None = None) -> list[dict]:
             lines.append(json.loads(text))
         except ValueError:  # a line cut off when the run was stopped
             break
-    return [x for x in lines if before is None or x.get("step", 0) <= before]
+    return [
+        x for x in lines if before is None or x.get("step", 0) <= before
+    ]
 
 
 # cell f5096b54
@@ -385,9 +458,7 @@ def cut_log(path: Path, done: int) -> None:
     """Take out the lines of steps that a checkpoint does not hold."""
     lines = [json.dumps(x) + "\n" for x in read_log(path, before=done)]
     text = "".join(lines)
-    write_files(
-        path.parent, {path.name: lambda p: p.write_text(text)}
-    )
+    write_files(path.parent, {path.name: lambda p: p.write_text(text)})
 
 
 # cell ff1611a2
@@ -404,7 +475,9 @@ def check_settings(out: Path, settings: Settings) -> None:
                 "another folder, or the settings it was begun with"
             )
     text = json.dumps(stated, indent=2) + "\n"
-    write_files(out, {path.name: lambda p: p.write_text(text, encoding="utf-8")})
+    write_files(
+        out, {path.name: lambda p: p.write_text(text, encoding="utf-8")}
+    )
 
 
 # cell 8fb72332
@@ -413,15 +486,21 @@ def overlap(a: Box, b: Box) -> float:
     left, top = max(a.xyxy[0], b.xyxy[0]), max(a.xyxy[1], b.xyxy[1])
     right, bottom = min(a.xyxy[2], b.xyxy[2]), min(a.xyxy[3], b.xyxy[3])
     shared = max(right - left, 0) * max(bottom - top, 0)
-    areas = [(x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in (a.xyxy, b.xyxy)]
+    areas = [
+        (x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in (a.xyxy, b.xyxy)
+    ]
     return shared / (sum(areas) - shared)
 
 
 # cell 2956bb74
-def match_boxes(found: list[Box], truth: list[Box], least: float = 0.5) -> list[float]:
-    """Pair found boxes with true ones of the same label, best overlap first.
+def match_boxes(
+    found: list[Box], truth: list[Box], least: float = 0.5
+) -> list[float]:
+    """Pair found boxes with true ones of the same label, best overlap
+    first.
 
-    returns   the overlap of each pair, all at least `least`; no box twice
+    returns   the overlap of each pair, all at least `least`; no box
+              twice
     """
     pairs = sorted(
         (
@@ -456,7 +535,8 @@ def true_boxes(scene: scenes.Scene, kinds: Iterable[str]) -> list[Box]:
 def quick_check(
     model: PaliGemma, processor: Processor, seeds: Iterable[int]
 ) -> dict[str, float]:
-    """Captions and counts exactly right, and boxes found, on unseen scenes.
+    """Captions and counts exactly right, and boxes found, on unseen
+    scenes.
 
     returns   shares from 0 to 1: caption, count, and detect, the F1 of
               boxes at IoU 0.5
@@ -466,21 +546,30 @@ def quick_check(
     shares = {}
     for task in ("caption", "count", "detect"):
         asked = [
-            scenes.question(s, scenes.question_stream(s), task) for s in drawn
+            scenes.question(s, scenes.question_stream(s), task)
+            for s in drawn
         ]
         prompts, truth = map(list, zip(*asked, strict=True))
-        said = generate(model, processor, images, prompts, max_new_tokens=64)
+        said = generate(
+            model, processor, images, prompts, max_new_tokens=64
+        )
         right = [a == t for a, t in zip(said, truth, strict=True)]
         shares[task] = round(sum(right) / len(right), 4)
     size = drawn[0].image.size
-    found, real = ([read_boxes(t, size) for t in row] for row in (said, truth))
-    hits = sum(len(match_boxes(f, r)) for f, r in zip(found, real, strict=True))
+    found, real = (
+        [read_boxes(t, size) for t in row] for row in (said, truth)
+    )
+    hits = sum(
+        len(match_boxes(f, r)) for f, r in zip(found, real, strict=True)
+    )
     boxes = sum(map(len, found)) + sum(map(len, real))
     return shares | {"detect": round(2 * hits / max(boxes, 1), 4)}
 
 
 # cell b7594162
-def start_model(out: Path, settings: Settings) -> tuple[PaliGemma, Processor]:
+def start_model(
+    out: Path, settings: Settings
+) -> tuple[PaliGemma, Processor]:
     """A model with fresh weights, and the tokenizer of its world."""
     path = out / "tokenizer.model"
     if not path.is_file():
@@ -492,7 +581,10 @@ def start_model(out: Path, settings: Settings) -> tuple[PaliGemma, Processor]:
     smooth_locations(model, tokenizer, settings.seed)
     vision = config.vision
     processor = Processor(
-        tokenizer, vision.image_size, vision.num_patches, config.image_id
+        tokenizer,
+        vision.image_size,
+        vision.num_patches,
+        config.image_id,
     )
     return model, processor
 
@@ -512,8 +604,11 @@ def parts(lesson, size: int):
 
 
 # cell e147fe0d
-def one_step(model, optimizers, lesson, factor: float, settings: Settings) -> float:
-    """Loss, gradients, one step of every optimiser; returns the loss."""
+def one_step(
+    model, optimizers, lesson, factor: float, settings: Settings
+) -> float:
+    """Loss, gradients, one step of every optimiser; returns the
+    loss."""
     taught = (lesson[0].labels[:, 1:] != IGNORE).sum()
     total = 0.0
     for part in parts(lesson, settings.part):
@@ -548,7 +643,8 @@ def lessons_from(
 def timed_step(
     model, optimizers, lesson, step: int, settings: Settings
 ) -> dict:
-    """One step and the line it leaves in the log; steps count from 1."""
+    """One step and the line it leaves in the log; steps count from
+    1."""
     began = time.perf_counter()
     factor = rate_factor(step - 1, settings)
     loss = one_step(model, optimizers, lesson, factor, settings)
@@ -560,7 +656,9 @@ def timed_step(
 
 
 # cell 227a17e1
-def train(settings: Settings, out: str | Path, workers: int = 1) -> Path:
+def train(
+    settings: Settings, out: str | Path, workers: int = 1
+) -> Path:
     """Train the little model, or go on where a run was stopped.
 
     out       folder of the run: tokenizer, log.jsonl, checkpoint, and
@@ -574,7 +672,9 @@ def train(settings: Settings, out: str | Path, workers: int = 1) -> Path:
     model, processor = start_model(out, settings)
     optimizers = optimisers(model, settings)
     path, log = out / "checkpoint.safetensors", out / "log.jsonl"
-    done = load_checkpoint(path, model, optimizers) if path.exists() else 0
+    done = (
+        load_checkpoint(path, model, optimizers) if path.exists() else 0
+    )
     cut_log(log, done)
     bar = tqdm(
         lessons_from(done, settings, processor, workers),
@@ -582,10 +682,17 @@ def train(settings: Settings, out: str | Path, workers: int = 1) -> Path:
     )  # fmt: skip
     for step, lesson in enumerate(bar, start=done + 1):
         line = timed_step(model, optimizers, lesson, step, settings)
-        if step % settings.checkpoint_every == 0 or step == settings.steps:
-            scores = quick_check(model, processor, range(settings.eval_scenes))
+        if (
+            step % settings.checkpoint_every == 0
+            or step == settings.steps
+        ):
+            scores = quick_check(
+                model, processor, range(settings.eval_scenes)
+            )
             save_checkpoint(path, model, optimizers, step)
-            tqdm.write(f"step {step}: loss {line['loss']:.3f}, {scores}")
+            tqdm.write(
+                f"step {step}: loss {line['loss']:.3f}, {scores}"
+            )
             line |= scores
         bar.set_postfix(loss=f"{line['loss']:.3f}")
         with log.open("a", encoding="utf-8") as file:

@@ -19,7 +19,8 @@ __all__ = ["LayerNorm", "VisionBlock", "VisionConfig", "VisionMLP", "VisionTower
 # cell a789fc91
 @dataclass(frozen=True)
 class VisionConfig:
-    """The shape of a vision tower; the defaults are PaliGemma's, 224 px."""
+    """The shape of a vision tower; the defaults are PaliGemma's, 224
+    px."""
 
     image_size: int = 224
     patch_size: int = 14
@@ -40,8 +41,8 @@ class VisionConfig:
 class LayerNorm(nn.Module):
     """Give every vector mean 0 and variance 1, then scale and shift it.
 
-    x         float[..., D] -> float[..., D]; statistics over D alone, so
-              no token hears of another
+    x         float[..., D] -> float[..., D]; statistics over D alone,
+              so no token hears of another
     source    Ba et al. 2016
     """
 
@@ -75,7 +76,8 @@ class VisionMLP(nn.Module):
 
 # cell 32489aef
 class VisionBlock(nn.Module):
-    """Attention, then MLP; each reads a normed copy and adds its result.
+    """Attention, then MLP; each reads a normed copy and adds its
+    result.
 
     x         float[B, N, width] -> float[B, N, width]
     trace     receives f"{name}.attention" and f"{name}.residual"
@@ -84,7 +86,9 @@ class VisionBlock(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.attention_norm = LayerNorm(config.width, config.norm_eps)
-        self.attention = MultiHeadAttention(config.width, config.num_heads)
+        self.attention = MultiHeadAttention(
+            config.width, config.num_heads
+        )
         self.mlp_norm = LayerNorm(config.width, config.norm_eps)
         self.mlp = VisionMLP(config.width, config.mlp_width)
 
@@ -114,7 +118,9 @@ class VisionTower(nn.Module):
         super().__init__()
         self.config = config
         D, N = config.width, config.num_patches
-        self.patch = PatchEmbedding(D, config.patch_size, config.channels)
+        self.patch = PatchEmbedding(
+            D, config.patch_size, config.channels
+        )
         self.position = nn.Parameter(torch.empty(N, D))
         nn.init.normal_(self.position, std=D**-0.5)
         self.blocks = nn.ModuleList(
