@@ -1,4 +1,4 @@
-"""Choosing tokens against `transformers` and by law, and the loop against recomputing."""
+"""Choosing tokens against `transformers` and by law; the loop against recomputing."""
 
 import math
 from contextlib import contextmanager
@@ -151,7 +151,7 @@ def test_draws_obey_the_cuts():
     generator = torch.Generator().manual_seed(0)
     many = TABLE.log().expand(500, -1)
     for options, limit in (({"top_k": 2}, 2), ({"top_p": 0.76}, 3)):
-        drawn = pick(many, temperature=5.0, generator=generator, **options)
+        drawn = pick(many, temperature=1.0, generator=generator, **options)
         assert set(drawn.tolist()) == set(range(limit))
 
 
@@ -196,12 +196,14 @@ def test_a_number_out_of_range_is_refused(name):
 
 def test_numbers_in_range_are_accepted_from_numpy_too():
     check_sampling(1, 0, None, None)
-    check_sampling(
-        np.int64(9), np.float32(0.5), np.int32(1), np.float64(1), np.int64(3)
-    )
+    check_sampling(np.int64(9), np.float32(0.5), np.int32(1), np.float64(1))
+    check_sampling(9, 0.5, None, None, np.int64(3))
 
 
 # The loop
+
+
+WORDS = 108  # ids from here on are places and the mark of a picture
 
 
 def make_batch(lengths, padding="left", seed=2):
@@ -216,7 +218,7 @@ def recorded(model, batch, count, **options):
 
     def choose(logits):
         rows.append(logits)
-        return logits.argmax(-1)
+        return logits[:, :WORDS].argmax(-1)
 
     tokens = list(steps(model, batch, count, choose, **options))
     return torch.stack(tokens, dim=1), torch.stack(rows, dim=1)
@@ -232,7 +234,7 @@ def recomputed(model, batch, count, answer_is_suffix=True):
             suffix = (torch.arange(ids.shape[1]) >= P)[None]
             suffix = suffix if answer_is_suffix else torch.zeros_like(suffix)
             logits = model(batch.pixels[row : row + 1], ids, suffix=suffix)[:, -1]
-            tokens.append(logits.argmax(-1))
+            tokens.append(logits[:, :WORDS].argmax(-1))
             rows.append(logits)
             ids = torch.cat([ids, tokens[-1][:, None]], dim=1)
         all_tokens.append(torch.cat(tokens))
@@ -471,11 +473,6 @@ def test_rows_that_are_no_token_are_never_chosen(mini, pictures):
     model, processor = mini
     size = processor.tokenizer.size
     chosen = []
-
-    def lift(module, inputs):
-        """Make the rows behind the tokens the best by far."""
-        x, *rest = inputs
-        return (x, *rest)
 
     real = type(model.decoder).logits
 

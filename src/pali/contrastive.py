@@ -24,7 +24,8 @@ __all__ = [
 def unit(x: Tensor) -> Tensor:
     """Scale every vector to length 1.
 
-    x       float[..., D] -> float[..., D]; 16-bit input comes back as float32
+    x       float[..., D] -> float[..., D]; 16-bit input comes back as
+            float32
     note    1e-8 is added to the length, so a zero vector stays zero
     """
     x = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -32,7 +33,9 @@ def unit(x: Tensor) -> Tensor:
 
 
 # cell 1fdf6925
-def pair_logits(images: Tensor, texts: Tensor, log_scale, bias=0.0) -> Tensor:
+def pair_logits(
+    images: Tensor, texts: Tensor, log_scale, bias=0.0
+) -> Tensor:
     """Score every picture against every text: scaled cosine plus bias.
 
     images       float[C, D], vectors of any length
@@ -46,8 +49,13 @@ def pair_logits(images: Tensor, texts: Tensor, log_scale, bias=0.0) -> Tensor:
 
 # cell ef85df21
 def check_pairs(images: Tensor, texts: Tensor) -> None:
-    """Row i of both must be a pair: equal shapes [B, D], at least one row."""
-    if images.shape != texts.shape or images.dim() != 2 or not len(images):
+    """Row i of both must be a pair: equal shapes [B, D], at least one
+    row."""
+    if (
+        images.shape != texts.shape
+        or images.dim() != 2
+        or not len(images)
+    ):
         raise ValueError(
             "images and texts must both be [B, D], row i of one belonging to "
             f"row i of the other; got {list(images.shape)} and {list(texts.shape)}"
@@ -83,12 +91,16 @@ def summed_loss(
     """
     logits = pair_logits(images, texts, log_scale, bias)  # [C, B]
     rows = first + torch.arange(len(images), device=logits.device)
-    own = rows[:, None] == torch.arange(len(texts), device=logits.device)
+    own = rows[:, None] == torch.arange(
+        len(texts), device=logits.device
+    )
     return -F.logsigmoid(torch.where(own, logits, -logits)).sum()
 
 
 # cell 57f2b146
-def siglip_loss(images: Tensor, texts: Tensor, log_scale, bias) -> Tensor:
+def siglip_loss(
+    images: Tensor, texts: Tensor, log_scale, bias
+) -> Tensor:
     """Say for every pair, on its own, whether it belongs together.
 
     images, texts     float[B, D], row i of both a pair
@@ -104,15 +116,19 @@ def siglip_loss(images: Tensor, texts: Tensor, log_scale, bias) -> Tensor:
 def siglip_loss_chunked(
     images: Tensor, texts: Tensor, log_scale, bias, *, chunk: int = 256
 ) -> Tensor:
-    """The value and gradients of `siglip_loss`, without its [B, B] matrix.
+    """The value and gradients of `siglip_loss`, without its [B, B]
+    matrix.
 
-    chunk     pictures at a time; at most a [chunk, B] matrix exists at once,
-              and the backward pass computes it again instead of keeping it
+    chunk     pictures at a time; at most a [chunk, B] matrix exists at
+              once, and the backward pass computes it again instead of
+              keeping it
     source    Zhai et al. 2023, section 3.3, for chunks across devices
     """
     check_pairs(images, texts)
     if chunk < 1:
-        raise ValueError(f"chunk is a number of pictures, at least 1, not {chunk}")
+        raise ValueError(
+            f"chunk is a number of pictures, at least 1, not {chunk}"
+        )
     total = 0.0
     for first in range(0, len(images), chunk):
         total = total + checkpoint(

@@ -56,7 +56,8 @@ class DecoderConfig:
     max_positions: int = 8192
 
     def window(self, layer: int) -> int | None:
-        """How far back a layer may look: even ones slide, odd do not."""
+        """How far back a layer may look: even ones slide, odd do
+        not."""
         return self.sliding_window if layer % 2 == 0 else None
 
 

@@ -12,9 +12,11 @@ __all__ = ["RMSNorm"]
 
 # cell 002fb23d
 class RMSNorm(nn.Module):
-    """Give every vector unit root-mean-square, then rescale by (1 + weight).
+    """Give every vector unit root-mean-square, then rescale by (1 +
+    weight).
 
-    x         float[..., D] -> float[..., D], dtype kept, statistics in float32
+    x         float[..., D] -> float[..., D], dtype kept, statistics in
+              float32
     weight    float[D], the distance from 1: zeros mean "only normalise"
     source    Zhang & Sennrich 2019; the 1 + weight form is Gemma's
     """
@@ -26,5 +28,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = x.float()
-        y = y * torch.rsqrt(y.square().mean(dim=-1, keepdim=True) + self.eps)
+        y = y * torch.rsqrt(
+            y.square().mean(dim=-1, keepdim=True) + self.eps
+        )
         return (y * (1 + self.weight.float())).to(x.dtype)  # cast last
