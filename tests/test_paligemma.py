@@ -161,7 +161,6 @@ def test_a_trace_selects_the_written_out_attention_which_agrees(model):
     assert trace["vision.1.attention"].shape == (2, 4, PATCHES, PATCHES)
 
 
-@pytest.mark.xfail(reason="attend_grouped traces a copy that leads nowhere")
 def test_a_trace_keeps_the_graph():
     model = tiny_model().requires_grad_(True)
     trace = {}

@@ -232,6 +232,16 @@ def test_a_finished_run_is_not_trained_further(whole_run):
     assert losses(out) == before
 
 
+def test_a_run_can_start_from_trained_weights(whole_run, tmp_path):
+    _, finished = whole_run
+    settings = Settings(**(vars(TINY) | {"start": str(finished)}))
+    model, _ = start_model(tmp_path, settings)
+    assert torch.equal(
+        model.decoder.embedding, pali.load_model(finished).decoder.embedding
+    )
+    assert all(weight.requires_grad for weight in model.parameters())
+
+
 def test_other_settings_are_refused(whole_run):
     out, _ = whole_run
     with pytest.raises(ValueError, match="steps"):

@@ -28,7 +28,6 @@ __all__ = [
     "box_cells",
     "contrast",
     "energy_in_box",
-    "first_maps",
     "hide",
     "lift",
     "localising_heads",
@@ -36,6 +35,7 @@ __all__ = [
     "occlusion",
     "pointing_hit",
     "read_maps",
+    "row_maps",
     "spread",
 ]
 
@@ -61,22 +61,29 @@ def read_maps(trace: dict, is_image: Tensor, rows: slice) -> Tensor:
 
 # cell 6b429575
 @torch.no_grad()
-def first_maps(
-    model: PaliGemma, processor: Processor, images, prompts, batch: int = 12
+def row_maps(
+    model: PaliGemma,
+    processor: Processor,
+    images,
+    prompts,
+    texts=None,
+    rows: slice = slice(-1, None),
+    batch: int = 12,
 ) -> Tensor:
-    """Where every head looks while the first token of each answer is chosen.
+    """Where every head looks, in the same rows of many pictures.
 
-    returns   float32[B, L, H, g, g]; a map sums to its image share, the rest
-              of the row lies on the text
+    texts     answers put behind the prompts, or None
+    rows      which rows, counted from the end: the last chooses the next token
+    returns   float32[B, L, H, rows, g, g]; a map sums to its image share, the
+              rest of the row lies on the text
     """
-    maps = []
+    maps, texts = [], texts or [None] * len(prompts)
     for i in range(0, len(prompts), batch):
-        part = processor(images[i : i + batch], prompts[i : i + batch])
-        part = part.to(model.decoder.embedding.device)
-        trace = {}
-        model(part.pixels, part.ids, valid=part.valid, last_only=True, trace=trace)
-        is_image = part.ids == processor.image_id
-        maps.append(read_maps(trace, is_image, slice(-1, None))[:, :, :, 0])
+        part = (x[i : i + batch] for x in (images, prompts, texts))
+        part = processor(*part).to(model.decoder.embedding.device)
+        given, trace = {"valid": part.valid, "suffix": part.suffix}, {}
+        model(part.pixels, part.ids, **given, last_only=True, trace=trace)
+        maps.append(read_maps(trace, part.ids == processor.image_id, rows))
     return torch.cat(maps)
 
 
@@ -272,7 +279,7 @@ def attention_figure(image, prompt: str, seen: AnswerAttention, heads: Sequence)
 
     heads      (layer, head) pairs whose maps are averaged
     returns    matplotlib Figure, not shown; 1 is even looking at the picture
-               with the whole row; up to 15 tokens
+               with the whole row, the scale ends at 20; up to 15 tokens
     """
     image = open_picture(image)
     maps = torch.stack([seen.maps[:, i, j] for i, j in heads]).mean(dim=0)
@@ -289,15 +296,17 @@ def attention_figure(image, prompt: str, seen: AnswerAttention, heads: Sequence)
         ax.set_axis_off()
     panels = list(axes.flat)
     viz.picture(image, title="the picture", ax=panels[0])
-    top = max(float(maps[:count].max()), 2.0)
+    top = min(max(float(maps[:count].max()), 2.0), 20.0)
     grey = image.convert("L").point(lambda v: 90 + v * 165 // 255)
     extent = (-0.5, image.width - 0.5, image.height - 0.5, -0.5)
     for token, one, ax in zip(seen.tokens, maps, panels[1:], strict=False):
         viz.picture(grey.convert("RGB"), ax=ax)
         shown = ax.imshow(one, cmap=TINT, vmin=1, vmax=top, extent=extent)
-        ax.set_title(f"{token.replace('▁', ' ')}\n{one.mean():.0%} on the picture")
-        ax.title.set(fontsize=9, fontweight="normal")
+        title = f"{token.replace('▁', ' ')}\n{one.mean():.0%} on the picture"
+        ax.set_title(title, fontsize=9, fontweight="normal")
     names = ", ".join(f"{i}.{j}" for i, j in heads)
     figure.suptitle(f"{prompt}   (heads {names})", x=0.01, ha="left")
-    figure.colorbar(shown, ax=list(axes.flat), label="times uniform", shrink=0.6)
+    figure.colorbar(
+        shown, ax=list(axes.flat), label="times uniform", shrink=0.6, extend="max"
+    )
     return figure

@@ -26,26 +26,33 @@ class Projector(nn.Module):
 
 
 # cell 2cd38f30
-def place_features(x: Tensor, is_image: Tensor, features: Tensor) -> Tensor:
-    """Put image features where the `<image>` placeholders stand, in order.
+def place_features(
+    x: Tensor, is_image: Tensor, features: Tensor
+) -> Tensor:
+    """Put image features where the `<image>` placeholders stand, in
+    order.
 
     x           float[B, T, width], token embeddings, already scaled
     is_image    bool[B, T], True on placeholders
     features    float[M, N, width], M pictures in row order, not scaled
     returns     float[B, T, width]
-    raises      ValueError if placeholders and features differ in number, or
-                features have another width
+    raises      ValueError if placeholders and features differ in
+                number, or features have another width
     """
     if features.dim() != 3 or features.shape[-1] != x.shape[-1]:
         raise ValueError(
-            f"features must be float [pictures, patches, {x.shape[-1]}], "
-            f"got {list(features.shape)}"
+            "features must be float [pictures, patches, "
+            f"{x.shape[-1]}], got {list(features.shape)}"
         )
-    slots, patches = int(is_image.sum()), features.shape[0] * features.shape[1]
+    slots, patches = (
+        int(is_image.sum()),
+        features.shape[0] * features.shape[1],
+    )
     if slots != patches:
         raise ValueError(
-            f"the prompts reserve {slots} <image> tokens but the pictures give "
-            f"{patches} features ({features.shape[0]} pictures of "
-            f"{features.shape[1]}); build them with the model's own processor"
+            f"the prompts reserve {slots} <image> tokens but the "
+            f"pictures give {patches} features ({features.shape[0]} "
+            f"pictures of {features.shape[1]}); build them with the "
+            "model's own processor"
         )
     return x.masked_scatter(is_image[..., None], features.to(x.dtype))

@@ -22,9 +22,10 @@ __all__ = [
     "GEMMA2",
     "PaliGemma",
     "PaliGemmaConfig",
-    "check_cache",
+    "cached_length",
     "check_inputs",
     "check_rows",
+    "derived_mask",
     "fill_in",
     "form",
     "last_valid",
@@ -36,7 +37,8 @@ __all__ = [
 # cell 9e32a592
 @dataclass(frozen=True)
 class PaliGemmaConfig:
-    """The shape of the whole model; the defaults are PaliGemma 3B at 224 px."""
+    """The shape of the whole model; the defaults are PaliGemma 3B at
+    224 px."""
 
     vision: VisionConfig = field(default_factory=VisionConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
@@ -62,14 +64,17 @@ DECODERS = {
         mlp_width=14_336,
     ),
     "paligemma2-28b": replace(
-        GEMMA2, width=4608, num_layers=46, num_heads=32, num_kv_heads=16,
-        mlp_width=36_864, head_dim=128, query_scale=144**-0.5,
+        GEMMA2, width=4608, num_layers=46, num_heads=32,
+        num_kv_heads=16, mlp_width=36_864, head_dim=128,
+        query_scale=144**-0.5,
     ),
 }  # fmt: skip
 
 
 # cell 3c2a5837
-def published_config(name: str, image_size: int = 224) -> PaliGemmaConfig:
+def published_config(
+    name: str, image_size: int = 224
+) -> PaliGemmaConfig:
     """The configuration of a published checkpoint.
 
     name          "paligemma-3b", "paligemma2-3b", "paligemma2-10b" or
@@ -79,15 +84,18 @@ def published_config(name: str, image_size: int = 224) -> PaliGemmaConfig:
     """
     if name not in DECODERS or image_size not in (224, 448, 896):
         raise ValueError(
-            f"published are {', '.join(DECODERS)} at 224, 448 and 896 px, "
-            f"not {name!r} at {image_size}"
+            f"published are {', '.join(DECODERS)} at 224, 448 and "
+            f"896 px, not {name!r} at {image_size}"
         )
-    return PaliGemmaConfig(VisionConfig(image_size=image_size), DECODERS[name])
+    return PaliGemmaConfig(
+        VisionConfig(image_size=image_size), DECODERS[name]
+    )
 
 
 # cell 62c7b342
 def last_valid(x: Tensor, valid: Tensor) -> Tensor:
-    """The vector of each row's last valid token: [B, T, width] -> [B, 1, width]."""
+    """The vector of each row's last valid token: [B, T, width] -> [B,
+    1, width]."""
     T = valid.shape[1]
     if T == 1:
         return x
@@ -97,7 +105,8 @@ def last_valid(x: Tensor, valid: Tensor) -> Tensor:
 
 # cell c3d9171e
 def form(x) -> str:
-    """How an error describes a value: "torch.bool [2, 7]", or its type."""
+    """How an error describes a value: "torch.bool [2, 7]", or its
+    type."""
     if not isinstance(x, Tensor):
         return type(x).__name__
     return f"{x.dtype} {list(x.shape)}"
@@ -105,31 +114,51 @@ def form(x) -> str:
 
 # cell 36fe9735
 def check_inputs(ids: Tensor, config: PaliGemmaConfig, **like) -> None:
-    """One clear sentence for ids, valid, suffix or positions of a wrong form."""
-    rows = config.decoder.vocab_size
-    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.dtype != torch.int64:
-        raise ValueError(f"ids must be torch.int64 [B, T], got {form(ids)}")
+    """One clear sentence for ids, valid, suffix, positions."""
+    tensor = isinstance(ids, Tensor) and ids.dim() == 2
+    if not tensor or ids.dtype != torch.int64:
+        raise ValueError(
+            f"ids must be torch.int64 [B, T], got {form(ids)}"
+        )
     if ids.numel() == 0:
-        raise ValueError(f"ids must hold at least one token, got {list(ids.shape)}")
+        raise ValueError(
+            f"ids must hold at least one token, got {list(ids.shape)}"
+        )
+    rows = config.decoder.vocab_size
     low, high = ids.masked_fill(ids == config.image_id, 0).aminmax()
     if low < 0 or high >= rows:
         raise ValueError(
-            f"ids run from {low} to {high}, the vocabulary from 0 to {rows - 1}"
+            f"ids run from {low} to {high}, the vocabulary from 0 "
+            f"to {rows - 1}"
         )
     for name, value in like.items():
         dtype = torch.int64 if name == "positions" else torch.bool
         want = f"{dtype} {list(ids.shape)}"
         if value is not None and form(value) != want:
-            raise ValueError(f"{name} must be {want} like ids, got {form(value)}")
+            raise ValueError(
+                f"{name} must be {want} like ids, got {form(value)}"
+            )
 
 
 # cell c6c19df1
-def check_cache(cache: Cache, config: PaliGemmaConfig, rows: int) -> None:
-    """A cache serves the model and the number of rows it was made for."""
+def cached_length(
+    cache: Cache | None, config: PaliGemmaConfig, rows: int
+) -> int:
+    """How many tokens of each row a cache holds; 0 without one.
+
+    raises    ValueError for the cache of another model or batch
+    """
+    if cache is None:
+        return 0
     if not isinstance(cache, Cache) or cache.config != config.decoder:
-        raise ValueError("cache must be a pali.Cache made with this model's config")
+        raise ValueError(
+            "cache must be a pali.Cache made with this model's config"
+        )
     if cache.batch_size != rows:
-        raise ValueError(f"the cache holds {cache.batch_size} rows, not {rows}")
+        raise ValueError(
+            f"the cache holds {cache.batch_size} rows, not {rows}"
+        )
+    return cache.length
 
 
 # cell 4e44b3d7
@@ -146,33 +175,64 @@ def fill_in(
             "after the prefix every token is suffix: the prefix is "
             "bidirectional, so it must come whole in the first call"
         )
-    valid = torch.ones_like(ids, dtype=torch.bool) if valid is None else valid
-    return valid, torch.full_like(valid, past > 0) if suffix is None else suffix
+    valid = (
+        torch.ones_like(ids, dtype=torch.bool)
+        if valid is None
+        else valid
+    )
+    return valid, torch.full_like(
+        valid, past > 0
+    ) if suffix is None else suffix
 
 
 # cell 8837698f
-def mask_per_layer(mask, shape: list[int], num_layers: int) -> list[Tensor]:
-    """A mask given by hand, or a list of them, as one mask for each layer.
+def mask_per_layer(
+    mask, shape: list[int], num_layers: int
+) -> list[Tensor]:
+    """A mask given by hand, or a list of them: one for each layer.
 
     raises    ValueError if their number, dtype or shape is wrong
     """
-    masks = list(mask) if isinstance(mask, Sequence) else [mask] * num_layers
+    several = isinstance(mask, Sequence)
+    masks = list(mask) if several else [mask] * num_layers
     if len(masks) != num_layers:
-        raise ValueError(f"{len(masks)} masks for {num_layers} layers: give one each")
+        raise ValueError(
+            f"{len(masks)} masks for {num_layers} layers: give one each"
+        )
     for one in masks:
         if form(one) != f"torch.bool {shape}":
-            raise ValueError(f"mask must be torch.bool {shape}, got {form(one)}")
+            raise ValueError(
+                f"mask must be torch.bool {shape}, got {form(one)}"
+            )
     return masks
+
+
+# cell 5f5ced59
+def derived_mask(
+    keys: Tensor, valid: Tensor, suffix: Tensor, past: int
+) -> Tensor | None:
+    """The mask that follows from `valid` and `suffix`.
+
+    keys      bool[B, past + T], valid of cached and new tokens
+    returns   bool[B, 1, T, past + T], None if everything may be seen
+    """
+    alone = valid.shape[1] == 1  # one new token sees all before it
+    if keys.all() and (alone or not (past or suffix.any())):
+        return None
+    if past:
+        return cached_mask(keys, past)
+    return prefix_lm_mask(valid, suffix)
 
 
 # cell 88452814
 def check_rows(masks: Sequence[Tensor]) -> None:
-    """No token may be left with nothing to look at: its weights would be NaN."""
+    """No token may have nothing to look at: its weights were NaN."""
     for i, mask in enumerate(masks):
         if not mask.any(dim=-1).all():
             raise ValueError(
-                f"mask has a row without any True in layer {i} (its sliding window "
-                "counted): every token must see at least one"
+                f"mask has a row without any True in layer {i} (its "
+                "sliding window counted): every token must see at "
+                "least one"
             )
 
 
@@ -180,9 +240,11 @@ def check_rows(masks: Sequence[Tensor]) -> None:
 class PaliGemma(nn.Module):
     """Pictures and token ids in, logits for the next token out.
 
-    encode(pixels)            float[B, 3, S, S] -> features float[B, N, width]
-    forward(pixels, ids, …)   logits float[B, T, vocabulary], in the dtype of
-                              the model; [B, 1, vocabulary] with last_only
+    encode(pixels)            float[B, 3, S, S] -> features float[B, N,
+                              width]
+    forward(pixels, ids, …)   logits float[B, T, vocabulary], in the
+                              dtype of the model; [B, 1, vocabulary]
+                              with last_only
     source                    Beyer et al. 2024; Steiner et al. 2024
     """
 
@@ -190,51 +252,60 @@ class PaliGemma(nn.Module):
         super().__init__()
         self.config = config
         self.vision = VisionTower(config.vision)
-        self.projector = Projector(config.vision.width, config.decoder.width)
+        self.projector = Projector(
+            config.vision.width, config.decoder.width
+        )
         self.decoder = Decoder(config.decoder)
 
     def encode(self, pixels: Tensor, trace: Trace = None) -> Tensor:
-        """Pictures as soft tokens of the decoder's width; do it once a picture."""
-        if not isinstance(pixels, Tensor) or not pixels.is_floating_point():
-            raise ValueError(f"pixels must be float [B, 3, S, S], got {form(pixels)}")
+        """Pictures as soft tokens of the decoder's width; do it once a
+        picture."""
+        if (
+            not isinstance(pixels, Tensor)
+            or not pixels.is_floating_point()
+        ):
+            raise ValueError(
+                f"pixels must be float [B, 3, S, S], got {form(pixels)}"
+            )
         x = self.vision(pixels.to(self.decoder.embedding.dtype), trace)
         return self.projector(x)
 
     def embed(self, ids: Tensor, features: Tensor | None) -> Tensor:
-        """Token vectors, with image features in the place of `<image>`."""
+        """Token vectors, with image features in the place of
+        `<image>`."""
         is_image = ids == self.config.image_id
         x = self.decoder.embed(ids.masked_fill(is_image, 0))
         if features is not None:
             return place_features(x, is_image, features)
         if is_image.any():
             raise ValueError(
-                f"the prompts reserve {int(is_image.sum())} <image> tokens but no "
-                "picture came: pass pixels or features"
+                f"the prompts reserve {int(is_image.sum())} <image> "
+                "tokens but no picture came: pass pixels or features"
             )
         return x
 
     def masks(
         self, valid, suffix, positions, cache: Cache | None, mask
     ) -> list[Tensor | None]:
-        """What each layer may look at; None where a layer may look everywhere."""
+        """What each layer may look at; None: everywhere."""
         config, (B, T) = self.config.decoder, valid.shape
-        past = 0 if cache is None else cache.length - T
-        keys = valid if cache is None else cache.valid[:, : past + T]
-        at = positions if cache is None else cache.positions[:, : past + T]
-        if mask is not None:
-            given = mask_per_layer(mask, [B, 1, T, past + T], config.num_layers)
-        elif keys.all() and (T == 1 or not (past or suffix.any())):
-            given = [None] * config.num_layers  # everything may be seen
-        else:
-            one = cached_mask(keys, past) if past else prefix_lm_mask(valid, suffix)
+        past, keys, at = 0, valid, positions
+        if cache is not None:  # which holds the new tokens by now
+            past = cache.length - T
+            keys = cache.valid[:, : past + T]
+            at = cache.positions[:, : past + T]
+        if mask is None:
+            one = derived_mask(keys, valid, suffix, past)
             given = [one] * config.num_layers
+        else:
+            shape = [B, 1, T, past + T]
+            given = mask_per_layer(mask, shape, config.num_layers)
         window = config.sliding_window
         if window is not None and int(at.max() - at.min()) >= window:
             near = window_mask(positions, at, suffix, window)
-            given = [
-                m if config.window(i) is None else near if m is None else m & near
-                for i, m in enumerate(given)
-            ]
+            for i, m in enumerate(given):
+                if config.window(i) is not None:
+                    given[i] = near if m is None else m & near
         if mask is not None:
             check_rows(given)
         return given
@@ -253,25 +324,25 @@ class PaliGemma(nn.Module):
         last_only: bool = False,
         trace: Trace = None,
     ) -> Tensor:
-        """Logits of the next token at every place, or at each row's last.
+        """Logits of the next token at every place, or at the last.
 
-        pixels      float[M, 3, S, S], or None when `features` are given, for text
-                    alone, and after the first call with a cache
+        pixels      float[M, 3, S, S]; None when `features` are given,
+                    for text alone, after the first call with a cache
         ids         int64[B, T];  valid, suffix  bool[B, T]
-        cache       a `Cache`; the first call holds the whole prefix, later calls
-                    the new tokens only, all of them suffix
-        mask        bool[B, 1, T, past + T] or a list, one a layer: replaces the
-                    derived one;  positions  int64[B, T]: likewise
-        trace       an empty dict to be filled with what happens inside
-        raises      ValueError with one sentence for input of a wrong form
+        cache       a `Cache`; the first call holds the whole prefix,
+                    later calls the new tokens only, all of them suffix
+        mask        bool[B, 1, T, past + T] or a list, one a layer:
+                    replaces the derived one
+        positions   int64[B, T]: replace the derived ones
+        last_only   logits of each row's last valid place alone
+        trace       a dict to be filled with what happens inside
+        raises      ValueError with one sentence for a wrong form
         """
         check_inputs(
-            ids, self.config, valid=valid, suffix=suffix, positions=positions
-        )
-        past = 0
-        if cache is not None:
-            check_cache(cache, self.config, len(ids))
-            past = cache.length
+            ids, self.config,
+            valid=valid, suffix=suffix, positions=positions,
+        )  # fmt: skip
+        past = cached_length(cache, self.config, len(ids))
         valid, suffix = fill_in(ids, valid, suffix, past)
         if features is None and pixels is not None:
             features = self.encode(pixels, trace)
@@ -285,7 +356,8 @@ class PaliGemma(nn.Module):
             masks = self.masks(valid, suffix, positions, cache, mask)
         except ValueError:
             if cache is not None:
-                cache.length = past  # the refused tokens did not come in
+                cache.length = past  # the tokens were refused
             raise
         x = self.decoder(x, positions, masks, cache, trace)
-        return self.decoder.logits(last_valid(x, valid) if last_only else x)
+        x = last_valid(x, valid) if last_only else x
+        return self.decoder.logits(x)

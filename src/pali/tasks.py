@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import resources
+from textwrap import fill
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -89,20 +90,18 @@ def draw_answer(image, prompt: str, text: str, codec=None):
     """
     image = open_picture(image)
     boxes = read_boxes(text, image.size)
-    tall = min(max(image.height / image.width, 0.4), 1.6)
+    found = text or "(an empty answer: nothing found)"
+    title = fill(f"{prompt} → {f'{len(boxes)} found' if boxes else found}", 44)
+    tall = 4.8 * min(max(image.height / image.width, 0.4), 1.6)
     with plt.ioff():
         viz.use_style()
-        figure, axes = plt.subplots(figsize=(4.8, 4.8 * tall + 0.7))
+        figure, axes = plt.subplots(figsize=(4.8, tall + 0.3 + 0.2 * title.count("\n")))
     outlines = read_masks(text, image.size, codec=codec) if "<seg" in text else []
     if outlines:
         viz.masks(image, outlines, ax=axes)
     else:
         viz.boxes(image, boxes, ax=axes)
-    found = text or "(an empty answer: nothing found)"
-    if boxes:
-        found = f"{len(boxes)} found"
-    axes.set_title(f"{prompt}\n", fontsize=9, color=viz.MUTED)
-    figure.suptitle(found, x=0.5, y=0.99, wrap=True)
+    axes.set_title(title)
     return figure
 
 
@@ -234,7 +233,7 @@ def share(right: Iterable[bool]) -> Score:
     p = k / n
     middle = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    low, high = max(middle - half, 0.0), min(middle + half, 1.0)
+    low, high = min(middle - half, p), max(middle + half, p)  # = p, but for rounding
     return Score(p, low, high, len(right)) if right else Score(0.0, 0.0, 1.0, 0)
 
 

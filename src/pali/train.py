@@ -40,7 +40,7 @@ from pali.tokens import (
     read_boxes,
 )
 from pali.vision import VisionConfig
-from pali.weights import save_model, write_files
+from pali.weights import load, save_model, write_files
 
 __all__ = [
     "FIRST_TRAINING_SEED",
@@ -98,8 +98,9 @@ class Settings:
                      stay in the processor's caches, the gradients add
                      up to the same
     precision        "float32" or "bfloat16" (autocast)
-    checkpoint_every steps between checkpoints, each with an evaluation
-    line
+    checkpoint_every  steps between checkpoints, each with an evaluation
+    start            a model folder whose weights to go on from, or
+                     "mini"; empty: fresh weights
     """
 
     seed: int = 1
@@ -116,6 +117,7 @@ class Settings:
     precision: str = "float32"
     checkpoint_every: int = 200
     eval_scenes: int = 24
+    start: str = ""
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -570,7 +572,9 @@ def quick_check(
 def start_model(
     out: Path, settings: Settings
 ) -> tuple[PaliGemma, Processor]:
-    """A model with fresh weights, and the tokenizer of its world."""
+    """A model with fresh or given weights, and its world's tokenizer."""
+    if settings.start:
+        return load(settings.start)
     path = out / "tokenizer.model"
     if not path.is_file():
         train_tokenizer(scenes.all_texts(), path, vocab_size=VOCABULARY)

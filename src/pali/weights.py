@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -29,16 +30,19 @@ __all__ = [
     "GEMMA_BLOCK",
     "TOP",
     "VISION_BLOCK",
+    "check_architecture",
     "check_device",
     "check_dtype",
     "check_expressible",
     "checkpoint_name",
     "config_json",
     "decoder_config",
+    "decoder_json",
     "drop_tied_head",
     "empty_model",
     "find_folder",
     "gemma2_config",
+    "json_writer",
     "load",
     "load_model",
     "load_processor",
@@ -50,6 +54,7 @@ __all__ = [
     "read_tensors",
     "real",
     "released_name",
+    "released_tensors",
     "save_model",
     "vision_config",
     "weight_files",
@@ -92,7 +97,8 @@ GEMMA_BLOCK = {
     "mlp.down": "mlp.down_proj",
 }
 GEMMA2_BLOCK = GEMMA_BLOCK | {
-    "attention_out_norm": "post_attention_layernorm",  # the same name, another norm
+    # the same name, another norm
+    "attention_out_norm": "post_attention_layernorm",
     "mlp_norm": "pre_feedforward_layernorm",
     "mlp_out_norm": "post_feedforward_layernorm",
 }
@@ -101,7 +107,8 @@ DECODER_BLOCKS = {"gemma": GEMMA_BLOCK, "gemma2": GEMMA2_BLOCK}
 
 # cell f3417e77
 def checkpoint_name(name: str, architecture: str) -> str:
-    """Our name of a weight -> its name in a checkpoint, levels left out.
+    """Our name of a weight -> its name in a checkpoint, levels left
+    out.
 
     name            such as "decoder.blocks.3.mlp.gate.weight"
     architecture    "gemma" or "gemma2"
@@ -111,41 +118,57 @@ def checkpoint_name(name: str, architecture: str) -> str:
     part, _, layer, rest = name.split(".", 3)
     stem, kind = rest.rsplit(".", 1)
     if part == "vision":
-        return f"vision_tower.encoder.layers.{layer}.{VISION_BLOCK[stem]}.{kind}"
+        stem = VISION_BLOCK[stem]
+        return f"vision_tower.encoder.layers.{layer}.{stem}.{kind}"
     stem = DECODER_BLOCKS[architecture][stem]
     return f"language_model.layers.{layer}.{stem}.{kind}"
 
 
 # cell 266fa845
 def plain_name(name: str) -> str:
-    """A name in any published layout -> the same name without optional levels.
+    """A name in any published layout -> the same name without optional
+    levels.
 
-    Four layouts exist on disk; they differ in a leading "model." and in the
-    levels "vision_model" and "model" inside the two towers.
+    Four layouts exist on disk; they differ in a leading "model." and in
+    the levels "vision_model" and "model" inside the two towers.
     """
     name = name.removeprefix("model.")
-    name = name.replace("vision_tower.vision_model.", "vision_tower.", 1)
+    name = name.replace(
+        "vision_tower.vision_model.", "vision_tower.", 1
+    )
     return name.replace("language_model.model.", "language_model.", 1)
 
 
 # cell 758e005f
 def released_name(name: str) -> str:
-    """The inverse of `plain_name` for the layout of the released folders."""
-    name = name.replace("vision_tower.", "vision_tower.vision_model.", 1)
+    """The inverse of `plain_name` for the layout of the released
+    folders."""
+    name = name.replace(
+        "vision_tower.", "vision_tower.vision_model.", 1
+    )
     return name.replace("language_model.", "language_model.model.", 1)
 
 
 # cell 44847dff
 def read_json(path: Path) -> dict:
-    """A JSON object from a file; one sentence if it is missing or broken."""
+    """A JSON object from a file; one sentence if it is missing or
+    broken."""
     if not path.is_file():
-        raise ValueError(f"{path} is missing, so {path.parent} is no checkpoint folder")
+        raise ValueError(
+            f"{path} is missing, so {path.parent} is no checkpoint "
+            "folder"
+        )
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+        raise ValueError(
+            f"{path} is not valid JSON: {error}"
+        ) from error
     if not isinstance(data, dict):
-        raise ValueError(f"{path} must hold a JSON object, not a {type(data).__name__}")
+        raise ValueError(
+            f"{path} must hold a JSON object, "
+            f"not a {type(data).__name__}"
+        )
     return data
 
 
@@ -153,32 +176,38 @@ def read_json(path: Path) -> dict:
 def whole(data: dict, key: str, default: int | None = None) -> int:
     """A size from a config: a whole number from 1.
 
-    raises    KeyError if it is omitted and has no default, ValueError if it
-              is something else
+    raises    KeyError if it is omitted and has no default, ValueError
+              if it is something else
     """
     value = data.get(key)
     if value is None and default is None:
         raise KeyError(key)
     value = default if value is None else value
     if type(value) is not int or value < 1:
-        raise ValueError(f"{key} must be a whole number from 1, not {value!r}")
+        raise ValueError(
+            f"{key} must be a whole number from 1, not {value!r}"
+        )
     return value
 
 
 # cell 36d7a893
 def real(data: dict, key: str, default: float) -> float | None:
-    """A factor from a config: a number above 0, or None where null is written."""
+    """A factor from a config: a number above 0, or None where null is
+    written."""
     value = data.get(key, default)
     if value is None:
         return None
     if type(value) not in (int, float) or not value > 0:
-        raise ValueError(f"{key} must be a number above 0, not {value!r}")
+        raise ValueError(
+            f"{key} must be a number above 0, not {value!r}"
+        )
     return float(value)
 
 
 # cell f62f878a
 def vision_config(data: dict) -> VisionConfig:
-    """The vision part of a config.json; what it omits has SigLIP's value."""
+    """The vision part of a config.json; what it omits has SigLIP's
+    value."""
     return VisionConfig(
         image_size=whole(data, "image_size", 224),
         patch_size=whole(data, "patch_size"),
@@ -206,10 +235,12 @@ def gemma2_config(config: DecoderConfig, data: dict) -> DecoderConfig:
 
 # cell 49753c7a
 def decoder_config(data: dict) -> DecoderConfig:
-    """The decoder's part of a config.json; what it omits has Gemma's value."""
+    """The decoder's part of a config.json; what it omits has Gemma's
+    value."""
     second = data["model_type"] == "gemma2"
     head_dim = whole(data, "head_dim", 256)
-    rope = data.get("rope_parameters") or data  # transformers 5, or earlier
+    # transformers 5, or earlier
+    rope = data.get("rope_parameters") or data
     config = DecoderConfig(
         architecture=data["model_type"],
         vocab_size=whole(data, "vocab_size"),
@@ -228,56 +259,75 @@ def decoder_config(data: dict) -> DecoderConfig:
 
 
 # cell 910f5f47
-def read_config(folder: str | Path) -> PaliGemmaConfig:
-    """The configuration in a checkpoint folder's config.json.
-
-    raises    ValueError naming the file and the key that is missing or foreign
-    """
-    path = Path(folder) / "config.json"
-    data = read_json(path)
-    kind = data.get("model_type")
-    text, vision = data.get("text_config"), data.get("vision_config")
+def check_architecture(data: dict, path: Path) -> None:
+    """One sentence for a model that this book does not build."""
+    kind, text = data.get("model_type"), data.get("text_config")
+    vision = data.get("vision_config")
     parts = isinstance(text, dict) and isinstance(vision, dict)
     if kind != "paligemma" or not parts:
         raise ValueError(
-            f"{path} describes the architecture {kind!r}, not 'paligemma' with a "
-            "text_config and a vision_config"
+            f"{path} describes the architecture {kind!r}, not "
+            "'paligemma' with a text_config and a vision_config"
         )
     if text.get("model_type") not in DECODER_BLOCKS:
         raise ValueError(
-            f"{path}: the text model {text.get('model_type')!r} is unknown; "
-            f"this book builds {' and '.join(DECODER_BLOCKS)}"
+            f"{path}: the text model {text.get('model_type')!r} is "
+            f"unknown; this book builds {' and '.join(DECODER_BLOCKS)}"
         )
+
+
+# cell 88519965
+def read_config(folder: str | Path) -> PaliGemmaConfig:
+    """The configuration in a checkpoint folder's config.json.
+
+    raises    ValueError naming the file and the key that is missing or
+              foreign
+    """
+    path = Path(folder) / "config.json"
+    data = read_json(path)
+    check_architecture(data, path)
+    old, new = "image_token_index", "image_token_id"
+    key = old if old in data else new
     try:
-        alias = "image_token_index" if "image_token_index" in data else "image_token_id"
-        image_id = whole(data, alias, 257_152)
-        return PaliGemmaConfig(vision_config(vision), decoder_config(text), image_id)
+        return PaliGemmaConfig(
+            vision_config(data["vision_config"]),
+            decoder_config(data["text_config"]),
+            whole(data, key, 257_152),
+        )
     except KeyError as error:
         raise ValueError(f"{path} lacks the key {error}") from error
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{path} holds a value of a wrong kind: {error}") from error
+        raise ValueError(
+            f"{path} holds a value of a wrong kind: {error}"
+        ) from error
 
 
 # cell 4131a5fc
 def weight_files(folder: Path) -> dict[str, list[str]]:
-    """The weight files of a folder and the keys that its index promises.
+    """The weight files of a folder and the keys that its index
+    promises.
 
-    note      a folder with both is read as transformers reads it: the single
-              file counts
+    note      a folder with both is read as transformers reads it: the
+              single file counts
     """
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").is_file():
         return {"model.safetensors": []}
     if not index.is_file():
-        raise ValueError(f"{folder} has neither model.safetensors nor {index.name}")
+        raise ValueError(
+            f"{folder} has neither model.safetensors nor {index.name}"
+        )
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places:
-        raise ValueError(f"{index} lacks the key 'weight_map', or it is empty")
+        raise ValueError(
+            f"{index} lacks the key 'weight_map', or it is empty"
+        )
     files = defaultdict(list)
     for key, name in places.items():
         if not isinstance(name, str) or not (folder / name).is_file():
             raise ValueError(
-                f"{folder / str(name)} is missing: {index.name} puts {key} there"
+                f"{folder / str(name)} is missing: {index.name} puts "
+                f"{key} there"
             )
         files[name].append(key)
     return files
@@ -285,9 +335,11 @@ def weight_files(folder: Path) -> dict[str, list[str]]:
 
 # cell 3cbdcc0e
 def read_tensors(folder: Path) -> dict[str, tuple[Path, Tensor]]:
-    """Every tensor of a checkpoint, mapped rather than read, by plain name.
+    """Every tensor of a checkpoint, mapped rather than read, by plain
+    name.
 
-    raises    ValueError naming the file, and the key where one is to blame
+    raises    ValueError naming the file, and the key where one is to
+              blame
     """
     found = {}
     for name, promised in weight_files(folder).items():
@@ -297,13 +349,19 @@ def read_tensors(folder: Path) -> dict[str, tuple[Path, Tensor]]:
                 keys = list(file.keys())
                 tensors = {key: file.get_tensor(key) for key in keys}
         except (SafetensorError, OSError, RuntimeError) as error:
-            raise ValueError(f"{path} cannot be read: {error}") from error
+            raise ValueError(
+                f"{path} cannot be read: {error}"
+            ) from error
         lacking = sorted(set(promised) - set(keys))
         if lacking:
-            raise ValueError(f"{path} lacks {lacking[0]}, which the index promises")
+            raise ValueError(
+                f"{path} lacks {lacking[0]}, which the index promises"
+            )
         for key, tensor in tensors.items():
             if not tensor.is_floating_point():
-                raise ValueError(f"{path}: {key} holds {tensor.dtype}, not floats")
+                raise ValueError(
+                    f"{path}: {key} holds {tensor.dtype}, not floats"
+                )
             if plain_name(key) in found:
                 raise ValueError(f"{path}: {key} comes a second time")
             found[plain_name(key)] = path, tensor
@@ -312,23 +370,31 @@ def read_tensors(folder: Path) -> dict[str, tuple[Path, Tensor]]:
 
 # cell 53f2f1b8
 def drop_tied_head(found: dict[str, tuple[Path, Tensor]]) -> None:
-    """Take a stored head out, after checking that it is the embedding."""
+    """Take a stored head out, after checking that it is the
+    embedding."""
     embedding = found.get("language_model.embed_tokens.weight")
     for key in ("lm_head.weight", "language_model.lm_head.weight"):
         path, head = found.pop(key, (None, None))
         if head is None or embedding is None:
             continue
-        if head.shape != embedding[1].shape or not torch.equal(head, embedding[1]):
+        if head.shape != embedding[1].shape or not torch.equal(
+            head, embedding[1]
+        ):
             raise ValueError(
-                f"{path}: {key} differs from the embedding; PaliGemma ties them"
+                f"{path}: {key} differs from the embedding; PaliGemma "
+                "ties them"
             )
 
 
 # cell 30af65e2
-def match_weights(model: PaliGemma, found: dict, folder: Path) -> dict[str, Tensor]:
-    """Our names for the tensors of a checkpoint: none missing, none left over.
+def match_weights(
+    model: PaliGemma, found: dict, folder: Path
+) -> dict[str, Tensor]:
+    """Our names for the tensors of a checkpoint: none missing, none
+    left over.
 
-    raises    ValueError that lists what is missing, left over or of wrong shape
+    raises    ValueError that lists what is missing, left over or of
+              wrong shape
     """
     state, faults = {}, []
     architecture = model.config.decoder.architecture
@@ -344,33 +410,51 @@ def match_weights(model: PaliGemma, found: dict, folder: Path) -> dict[str, Tens
             )
         else:
             state[name] = tensor
-    faults += [f"{key} in {path.name} has no place" for key, (path, _) in found.items()]
+    faults += [
+        f"{key} in {path.name} has no place"
+        for key, (path, _) in found.items()
+    ]
     if faults:
-        more = f" (and {len(faults) - 6} more)" if len(faults) > 6 else ""
+        more = (
+            f" (and {len(faults) - 6} more)" if len(faults) > 6 else ""
+        )
         raise ValueError(f"{folder}: {'; '.join(faults[:6])}{more}")
     return state
 
 
 # cell b4fbecf7
 def check_dtype(dtype: torch.dtype | None) -> None:
-    """Weights are float32, bfloat16 or float16; None keeps the stored dtype."""
-    known = (torch.float32, torch.bfloat16, torch.float16, torch.float64, None)
+    """Weights are float32, bfloat16 or float16; None keeps the stored
+    dtype."""
+    known = (
+        torch.float32,
+        torch.bfloat16,
+        torch.float16,
+        torch.float64,
+        None,
+    )
     if dtype not in known:
-        raise ValueError(f"dtype must be a torch float dtype or None, not {dtype!r}")
+        raise ValueError(
+            f"dtype must be a torch float dtype or None, not {dtype!r}"
+        )
 
 
 # cell 49f04afb
 def check_device(device: str | torch.device) -> None:
-    """One sentence for a device that this machine or torch does not have."""
+    """One sentence for a device that this machine or torch does not
+    have."""
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {device!r} cannot be used: {error}") from error
+        raise ValueError(
+            f"device {device!r} cannot be used: {error}"
+        ) from error
 
 
 # cell 3f75c17c
 def empty_model(config: PaliGemmaConfig, folder: Path) -> PaliGemma:
-    """A model without memory: names and shapes, no numbers ("meta" device).
+    """A model without memory: names and shapes, no numbers ("meta"
+    device).
 
     raises    ValueError if the sizes in config.json do not fit together
     """
@@ -378,12 +462,15 @@ def empty_model(config: PaliGemmaConfig, folder: Path) -> PaliGemma:
         with torch.device("meta"):
             return PaliGemma(config)
     except (ValueError, RuntimeError) as error:
-        raise ValueError(f"{folder / 'config.json'}: {error}") from error
+        raise ValueError(
+            f"{folder / 'config.json'}: {error}"
+        ) from error
 
 
 # cell 88b8d50b
 def find_folder(folder: str | Path) -> Path:
-    """A checkpoint folder; the name "mini" stands for the shipped model."""
+    """A checkpoint folder; the name "mini" stands for the shipped
+    model."""
     mini = Path(str(resources.files("pali"))) / "mini"
     path = mini if folder == "mini" else Path(folder)
     if not path.is_dir():
@@ -398,13 +485,15 @@ def load_model(
     dtype: torch.dtype | None = torch.float32,
     device: str | torch.device = "cpu",
 ) -> PaliGemma:
-    """The model of a checkpoint folder: PaliGemma 1 or 2, any size and layout.
+    """The model of a checkpoint folder: PaliGemma 1 or 2, any size and
+    layout.
 
-    folder    "mini" for the shipped model, or a folder with config.json and
-              safetensors files
-    dtype     the weights are converted to it; None keeps the stored one and
-              maps the file instead of copying it
-    raises    ValueError with one sentence that names the file and the key
+    folder    "mini" for the shipped model, or a folder with config.json
+              and safetensors files
+    dtype     the weights are converted to it; None keeps the stored one
+              and maps the file instead of copying it
+    raises    ValueError with one sentence that names the file and the
+              key
     """
     check_dtype(dtype)
     check_device(device)
@@ -433,17 +522,19 @@ def load_processor(folder: str | Path) -> Processor:
     size, patches = config.vision.image_size, config.vision.num_patches
     settings = folder / "preprocessor_config.json"
     if settings.is_file():
-        stated = read_json(settings).get("size", {})
-        stated = stated.get("height", size) if isinstance(stated, dict) else stated
+        stated = read_json(settings).get("size", size)
+        if isinstance(stated, dict):
+            stated = stated.get("height", size)
         if stated != size:
             raise ValueError(
-                f"{settings} asks for {stated} px, config.json for {size} px"
+                f"{settings} asks for {stated} px, config.json for "
+                f"{size} px"
             )
     tokenizer = Tokenizer(path)
     if tokenizer.size > config.decoder.vocab_size:
         raise ValueError(
-            f"{path} has {tokenizer.size} pieces, config.json room for only "
-            f"{config.decoder.vocab_size} (vocab_size)"
+            f"{path} has {tokenizer.size} pieces, config.json room for "
+            f"only {config.decoder.vocab_size} (vocab_size)"
         )
     return Processor(tokenizer, size, patches, config.image_id)
 
@@ -455,35 +546,49 @@ def load(
     dtype: torch.dtype | None = torch.float32,
     device: str | torch.device = "cpu",
 ) -> tuple[PaliGemma, Processor]:
-    """Model and processor of a checkpoint folder, or of the shipped "mini"."""
+    """Model and processor of a checkpoint folder, or of the shipped
+    "mini"."""
     processor = load_processor(folder)  # first: it is quick to fail
     return load_model(folder, dtype=dtype, device=device), processor
 
 
 # cell a7f92830
-def config_json(config: PaliGemmaConfig, dtype: torch.dtype) -> dict:
-    """The configuration in the words of the released config.json files."""
-    v, d = config.vision, config.decoder
+def decoder_json(d: DecoderConfig, num_patches: int) -> dict:
+    """The text_config of a config.json."""
     text = {
         "model_type": d.architecture, "vocab_size": d.vocab_size,
         "hidden_size": d.width, "num_hidden_layers": d.num_layers,
-        "num_attention_heads": d.num_heads, "num_key_value_heads": d.num_kv_heads,
+        "num_attention_heads": d.num_heads,
+        "num_key_value_heads": d.num_kv_heads,
         "head_dim": d.head_dim, "intermediate_size": d.mlp_width,
         "rms_norm_eps": d.norm_eps, "rope_theta": d.rope_base,
         "max_position_embeddings": d.max_positions,
-        "hidden_activation": "gelu_pytorch_tanh", "num_image_tokens": v.num_patches,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "num_image_tokens": num_patches,
     }  # fmt: skip
     if d.architecture == "gemma2":
         scalar = round(d.query_scale**-2, 6)
-        text |= {  # transformers insists that a whole number be written as one
-            "query_pre_attn_scalar": int(scalar) if scalar % 1 == 0 else scalar,
+        # transformers insists that a whole number be written as one
+        text |= {
+            "query_pre_attn_scalar": int(scalar)
+            if scalar % 1 == 0
+            else scalar,
             "attn_logit_softcapping": d.attention_cap,
             "final_logit_softcapping": d.logit_cap,
             "sliding_window": d.sliding_window,
         }
+    return text
+
+
+# cell e9047b0d
+def config_json(config: PaliGemmaConfig, dtype: torch.dtype) -> dict:
+    """The configuration in the words of the released config.json
+    files."""
+    v, d = config.vision, config.decoder
     vision = {
         "model_type": "siglip_vision_model", "hidden_size": v.width,
-        "num_hidden_layers": v.num_layers, "num_attention_heads": v.num_heads,
+        "num_hidden_layers": v.num_layers,
+        "num_attention_heads": v.num_heads,
         "intermediate_size": v.mlp_width, "image_size": v.image_size,
         "patch_size": v.patch_size, "num_channels": v.channels,
         "layer_norm_eps": v.norm_eps, "num_image_tokens": v.num_patches,
@@ -495,7 +600,8 @@ def config_json(config: PaliGemmaConfig, dtype: torch.dtype) -> dict:
         "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2,
         "projection_dim": d.width, "hidden_size": d.width,
         "torch_dtype": str(dtype).removeprefix("torch."),
-        "text_config": text, "vision_config": vision,
+        "text_config": decoder_json(d, v.num_patches),
+        "vision_config": vision,
     }  # fmt: skip
 
 
@@ -508,11 +614,14 @@ def check_expressible(config: DecoderConfig, text: dict) -> None:
     again = decoder_config(text)
     for name, value in vars(config).items():
         read = getattr(again, name)
-        same = name == "query_scale" and math.isclose(read, value, rel_tol=1e-6)
+        same = name == "query_scale" and math.isclose(
+            read, value, rel_tol=1e-6
+        )
         if read != value and not same:
             raise ValueError(
                 f"config.json has no word for {name} = {value} of a "
-                f"{config.architecture} decoder: it would be read as {read}"
+                f"{config.architecture} decoder: it would be read as "
+                f"{read}"
             )
 
 
@@ -525,7 +634,8 @@ def preprocessor_json(processor: Processor) -> dict:
         "processor_class": "PaliGemmaProcessor",
         "image_seq_length": processor.num_patches,
         "size": {"height": side, "width": side},
-        "resample": 3, "do_resize": True, "do_rescale": True, "do_normalize": True,
+        "resample": 3, "do_resize": True, "do_rescale": True,
+        "do_normalize": True,
         "do_convert_rgb": True, "rescale_factor": 1 / 255,
         "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
     }  # fmt: skip
@@ -533,10 +643,12 @@ def preprocessor_json(processor: Processor) -> dict:
 
 # cell c1816cb7
 def write_files(folder: Path, files: dict) -> None:
-    """Write files beside their place and move them there, whole or not at all.
+    """Write files beside their place and move them there, whole or not
+    at all.
 
     files     name -> function that writes to the path it is given
-    raises    OSError if that fails; what stood in the folder stays as it was
+    raises    OSError if that fails; what stood in the folder stays as
+              it was
     """
     folder.mkdir(parents=True, exist_ok=True)
     beside = {name: folder / f".{name}.part" for name in files}
@@ -545,7 +657,8 @@ def write_files(folder: Path, files: dict) -> None:
             beside[name].touch()
             mode = beside[name].stat().st_mode
             write(beside[name])
-            beside[name].chmod(mode)  # safetensors would leave it private
+            # safetensors would leave it private
+            beside[name].chmod(mode)
         for name, path in beside.items():
             os.replace(path, folder / name)
     except SafetensorError as error:
@@ -555,35 +668,46 @@ def write_files(folder: Path, files: dict) -> None:
             path.unlink(missing_ok=True)
 
 
+# cell b576f0fa
+def released_tensors(model: PaliGemma) -> dict[str, Tensor]:
+    """The weights of a model under the names of a released folder."""
+    architecture, found = model.config.decoder.architecture, {}
+    for name, tensor in model.state_dict().items():
+        key = released_name(checkpoint_name(name, architecture))
+        found[key] = tensor.detach().contiguous()
+    return found
+
+
+# cell ea57edb0
+def json_writer(data: dict) -> Callable[[Path], object]:
+    """A function that writes `data` to the path it is given."""
+    text = json.dumps(data, indent=2) + "\n"
+    return lambda path: path.write_text(text, encoding="utf-8")
+
+
 # cell c8aad687
 def save_model(
-    model: PaliGemma, folder: str | Path, processor: Processor | None = None
+    model: PaliGemma,
+    folder: str | Path,
+    processor: Processor | None = None,
 ) -> None:
     """Write a checkpoint folder in the layout of the released ones.
 
     processor    with it, `pali.load(folder)` works on the result
-    raises       OSError if the folder cannot be written; nothing half-written;
-                 ValueError if config.json has no words for the configuration
+    raises       OSError if the folder cannot be written; nothing
+                 half-written; ValueError if config.json has no words
+                 for the configuration
     """
-    folder, state = Path(folder), model.state_dict()
-    architecture = model.config.decoder.architecture
-    tensors = {
-        released_name(checkpoint_name(name, architecture)): t.detach().contiguous()
-        for name, t in state.items()
-    }
     data = config_json(model.config, model.decoder.embedding.dtype)
     check_expressible(model.config.decoder, data["text_config"])
-
-    def as_json(data):
-        text = json.dumps(data, indent=2) + "\n"
-        return lambda path: path.write_text(text, encoding="utf-8")
-
+    tensors, form = released_tensors(model), {"format": "pt"}
     files = {
-        "model.safetensors": lambda path: save_file(tensors, path, {"format": "pt"}),
-        "config.json": as_json(data),
+        "model.safetensors": lambda p: save_file(tensors, p, form),
+        "config.json": json_writer(data),
     }
     if processor is not None:
-        files["preprocessor_config.json"] = as_json(preprocessor_json(processor))
+        settings = preprocessor_json(processor)
         source = processor.tokenizer.path
-        files["tokenizer.model"] = lambda path: shutil.copyfile(source, path)
-    write_files(folder, files)
+        files["preprocessor_config.json"] = json_writer(settings)
+        files["tokenizer.model"] = lambda p: shutil.copyfile(source, p)
+    write_files(Path(folder), files)
