@@ -5,14 +5,14 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --no-input --quiet
 PICTURE ?= book/_static/scene.png
-DETECT ?= detect cat
+DETECT ?= detect bee
 HANDWRITTEN = $(wildcard src/pali/_*.py src/pali/viz.py tests tools benchmarks book/_ext)
 unexport MPLBACKEND  # else a kernel that inherits it shows no figures
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help book test setup export run check notebooks html ask wheel browser address \
-        refresh clean
+        measure refresh clean
 
 book: html ask ## build the book, then ask the shipped model about a picture
 
@@ -60,7 +60,11 @@ browser: html ## open every page in Chromium: errors, requests, contrast, width
 address: $(VENV)/.book ## rewrite all that follows from [tool.pali] in pyproject.toml
 	$(PY) -m pali._address
 
-refresh: address run html ## once the shipped model is trained anew: outputs, figures, book
+refresh: address measure run html ## once the shipped model is trained anew: outputs, figures, book
+
+measure: $(VENV)/.test ## measure the shipped model, draw the pictures of the landing page
+	$(PY) benchmarks/evaluate_mini.py
+	$(PY) benchmarks/make_pictures.py
 
 clean: ## remove what was built, keep .venv
 	rm -rf _build build dist

@@ -147,7 +147,9 @@ def ask_command(options) -> None:
     if drawing is not None:
         figures[drawing] = tasks.draw_answer(image, prompt, text)
     if attention is not None:
-        seen = attention_maps.answer_attention(model, processor, image, prompt)
+        seen = attention_maps.answer_attention(
+            model, processor, image, prompt, text=text
+        )
         heads = attention_maps.localising_heads(seen)
         figures[attention] = attention_maps.attention_figure(image, prompt, seen, heads)
     for path, figure in figures.items():
