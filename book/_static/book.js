@@ -1,7 +1,9 @@
 // What is wider than the page scrolls sideways: let the keyboard reach it. The theme
 // does this once, when the page opens; formulas and folded cells come later.
 (function () {
-  const WIDE = '.bd-article pre, .bd-article mjx-container[display="true"]';
+  const WIDE =
+    '.bd-article pre, .bd-article mjx-container[display="true"], ' +
+    ".pst-scrollable-table-container";
 
   function mark() {
     for (const box of document.querySelectorAll(WIDE)) {
