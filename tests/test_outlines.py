@@ -175,8 +175,8 @@ def test_an_official_file_decodes_as_its_arrays_say(tmp_path, dtype):
     codes = torch.from_numpy(rng(2).integers(0, 128, (3, 16)))
     with torch.no_grad():
         got = codec.decode(codes)
-    # the same kernels: worst of 20 files 0; outputs of size 2;
-    # grid transposed: 4; a ReLU after the sum of a residual block: 1
+    # the same kernels: worst of 20 files 0, other libraries may add otherwise;
+    # grid transposed: 1.5; a ReLU after the sum of one residual block: 1.0
     torch.testing.assert_close(got, decode_by_hand(arrays, codes), rtol=0, atol=1e-4)
 
 
@@ -332,7 +332,7 @@ def test_the_nearest_code_is_the_one_a_loop_finds(seed, codes):
     x = torch.randn(2, 3, 4, 4, generator=generator)
     got = codec.nearest(x)
     want = nearest_by_loop(x, codec.codebook.detach())
-    # equal, or so close that float32 cannot tell: 2,000 draws gave no difference
+    # equal (1,000 draws: no difference), or so close that float32 cannot tell
     x = x.flatten(2).transpose(1, 2).double()
     gaps = [(x - codec.codebook[k].double()).square().sum(-1) for k in (got, want)]
     torch.testing.assert_close(gaps[0], gaps[1], rtol=0, atol=1e-4)
@@ -348,7 +348,7 @@ def test_the_loss_is_the_three_terms_of_the_paper():
     e = codec.codebook[codec.nearest(x)].transpose(1, 2).reshape(x.shape)
     back, gap = codec.decoder(e)[:, 0], (x - e).square().mean()
     want = (back - (2 * masks[:, 0] - 1)).square().mean() + 1.25 * gap
-    # worst of 100 draws: 5e-7 at 4; without the commitment: 0.2 of it
+    # worst of 50 codecs: 1e-6; without the commitment: 0.05 at least
     torch.testing.assert_close(codec_loss(codec, masks), want, rtol=0, atol=1e-5)
 
 
@@ -361,9 +361,9 @@ def test_gradients_pass_the_choice_as_if_it_were_not_there():
     F.mse_loss(codec.decoder(e), 2 * masks - 1).backward()
     weight = codec.encoder[0].weight
     (want,) = torch.autograd.grad(x, weight, e.grad)
-    # worst of 50 draws: 1e-8 at 1e-2; blocked at the choice: no gradient
-    torch.testing.assert_close(weight.grad, want, rtol=1e-3, atol=1e-7)
-    assert weight.grad.abs().max() > 1e-5
+    # worst of 50 codecs: 2.4e-6; blocked at the choice: no gradient, here 1.5e-2
+    torch.testing.assert_close(weight.grad, want, rtol=0, atol=2e-5)
+    assert weight.grad.abs().max() > 1e-3
 
 
 def test_only_chosen_rows_are_drawn_to_their_vectors():
@@ -650,7 +650,7 @@ def test_a_short_training_mends_a_disturbed_codec():
             value += 0.1 * torch.randn(value.shape, generator=generator)
     before = there_and_back(codec, RECTANGLE)
     optimiser = torch.optim.Adam(codec.parameters(), lr=3e-3)
-    for step in range(40):
+    for step in range(25):
         cells = torch.rand(8, 1, 4, 4, generator=generator) > 0.5
         masks = F.interpolate(cells.float(), scale_factor=16)
         if step % 10 == 0:
