@@ -20,7 +20,7 @@ from pali.outlines import read_masks
 from pali.paligemma import PaliGemma
 from pali.patches import open_picture
 from pali.tokens import Box, Processor, read_boxes
-from pali.train import overlap, true_boxes
+from pali.train import pair_boxes, true_boxes
 
 __all__ = [
     "Result",
@@ -32,7 +32,6 @@ __all__ = [
     "draw_answer",
     "evaluate",
     "judge",
-    "pair_boxes",
     "ratio",
     "segment",
     "share",
@@ -125,30 +124,6 @@ def ask_scenes(
             max_new_tokens=64,
         )
     return [(p, a, t) for (p, t), a in zip(asked, said, strict=True)]
-
-
-# cell 2b14d991
-def pair_boxes(found: Sequence[Box], truth: Sequence[Box]) -> list[float]:
-    """The overlap of each true box with the found box that it is paired with.
-
-    returns   IoU from 0 to 1, one a true box, 0 without a partner; pairs have
-              the same label, the best overlaps first, no box serves twice
-    """
-    pairs = sorted(
-        (
-            (overlap(a, b), i, j)
-            for i, a in enumerate(found)
-            for j, b in enumerate(truth)
-            if a.label == b.label
-        ),
-        reverse=True,
-    )
-    overlaps, taken = [0.0] * len(truth), set()
-    for value, i, j in pairs:
-        if i not in taken and not overlaps[j]:
-            taken.add(i)
-            overlaps[j] = value
-    return overlaps
 
 
 # cell 7fc9a44c

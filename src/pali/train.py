@@ -7,7 +7,7 @@ block names the cell it comes from.
 import json
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -43,21 +44,24 @@ from pali.vision import VisionConfig
 from pali.weights import load, save_model, write_files
 
 __all__ = [
+    "ByProducts",
     "FIRST_TRAINING_SEED",
     "Lessons",
     "Settings",
     "VOCABULARY",
+    "attend_by_products",
     "check_settings",
     "cut_log",
+    "lesson_loss",
     "lessons_from",
     "load_checkpoint",
-    "match_boxes",
     "mini_config",
     "one_step",
     "optimisers",
     "overlap",
     "pack",
     "packed_mask",
+    "pair_boxes",
     "parts",
     "quick_check",
     "rate_factor",
@@ -99,6 +103,7 @@ class Settings:
                      up to the same
     precision        "float32" or "bfloat16" (autocast)
     checkpoint_every  steps between checkpoints, each with an evaluation
+    eval_scenes      unseen scenes it is asked about; 0: none
     start            a model folder whose weights to go on from, or
                      "mini"; empty: fresh weights
     """
@@ -122,9 +127,10 @@ class Settings:
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             share = name in ("matrix_rate", "other_rate", "decay")
-            if isinstance(value, int) and name != "seed" and value < 1:
+            least = {"seed": value, "eval_scenes": 0}.get(name, 1)
+            if isinstance(value, int) and value < least:
                 raise ValueError(
-                    f"{name} must be 1 or more, not {value}"
+                    f"{name} must be {least} or more, not {value}"
                 )
             if share and not 0 < value <= 1:
                 raise ValueError(
@@ -311,6 +317,65 @@ def suffix_loss(
     return F.cross_entropy(logits.float(), targets[taught])
 
 
+# cell 828ddd7e
+def attend_by_products(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Attention as two matrix products; `bias` is 0, or -inf for
+    hidden.
+
+    q    float[B, H, T, Dh];  k, v    float[B, H, S, Dh]
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scores = (q * scale).to(v.dtype) @ k.to(v.dtype).mT
+    if bias is not None:
+        scores = scores + bias
+    return scores.softmax(-1) @ v
+
+
+# cell 802ce405
+class ByProducts(TorchFunctionMode):
+    """Inside it, attention is computed by `attend_by_products`.
+
+    patches    0; or, in a packed lesson, the number of image tokens,
+               which come first and see only each other
+    """
+
+    def __init__(self, patches: int = 0) -> None:
+        super().__init__()
+        self.patches, self.bias = patches, None
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.scaled_dot_product_attention:
+            func = self.attend
+        return func(*args, **(kwargs or {}))
+
+    def attend(self, q, k, v, mask=None, scale=None) -> Tensor:
+        if mask is None:
+            return attend_by_products(q, k, v, scale=scale)
+        S, N = k.shape[2], self.patches
+        q, mask = q.unflatten(2, (-1, S)), mask.unflatten(2, (-1, S))
+        if self.bias is None:  # the same in every layer
+            rows = ~mask[..., N:, :].flatten(2, 3)
+            zero = torch.zeros(rows.shape, dtype=v.dtype)
+            self.bias = zero.masked_fill_(rows, float("-inf"))
+        text = q[..., N:, :].flatten(2, 3)
+        image = q[..., :N, :].flatten(2, 3)
+        y = (
+            attend_by_products(
+                image, k[:, :, :N], v[:, :, :N], scale=scale
+            ),
+            attend_by_products(text, k, v, self.bias, scale),
+        )
+        groups = q.shape[2]
+        y = [rows.unflatten(2, (groups, -1)) for rows in y]
+        return torch.cat(y, dim=3).flatten(2, 3)
+
+
 # cell 85447480
 class Lessons(torch.utils.data.Dataset):
     """What is shown at each step: a function of the settings and the
@@ -495,14 +560,14 @@ def overlap(a: Box, b: Box) -> float:
 
 
 # cell 2956bb74
-def match_boxes(
-    found: list[Box], truth: list[Box], least: float = 0.5
+def pair_boxes(
+    found: Sequence[Box], truth: Sequence[Box]
 ) -> list[float]:
-    """Pair found boxes with true ones of the same label, best overlap
-    first.
+    """The overlap of each true box with the found box paired with it.
 
-    returns   the overlap of each pair, all at least `least`; no box
-              twice
+    returns   IoU from 0 to 1, one a true box, 0 without a partner;
+              pairs have the same label, the best overlaps come first,
+              no box serves twice
     """
     pairs = sorted(
         (
@@ -513,12 +578,11 @@ def match_boxes(
         ),
         reverse=True,
     )
-    seen_i, seen_j, overlaps = set(), set(), []
+    overlaps, taken = [0.0] * len(truth), set()
     for value, i, j in pairs:
-        if value >= least and i not in seen_i and j not in seen_j:
-            seen_i.add(i)
-            seen_j.add(j)
-            overlaps.append(value)
+        if i not in taken and not overlaps[j]:
+            taken.add(i)
+            overlaps[j] = value
     return overlaps
 
 
@@ -541,9 +605,11 @@ def quick_check(
     scenes.
 
     returns   shares from 0 to 1: caption, count, and detect, the F1 of
-              boxes at IoU 0.5
+              boxes at IoU 0.5; nothing if no scene is asked about
     """
     drawn = [scenes.scene(seed) for seed in seeds]
+    if not drawn:
+        return {}
     images = [scene.image for scene in drawn]
     shares = {}
     for task in ("caption", "count", "detect"):
@@ -562,7 +628,9 @@ def quick_check(
         [read_boxes(t, size) for t in row] for row in (said, truth)
     )
     hits = sum(
-        len(match_boxes(f, r)) for f, r in zip(found, real, strict=True)
+        value >= 0.5
+        for f, r in zip(found, real, strict=True)
+        for value in pair_boxes(f, r)
     )
     boxes = sum(map(len, found)) + sum(map(len, real))
     return shares | {"detect": round(2 * hits / max(boxes, 1), 4)}
@@ -607,6 +675,17 @@ def parts(lesson, size: int):
         )
 
 
+# cell 19c42483
+def lesson_loss(model: PaliGemma, lesson, precision: str) -> Tensor:
+    """The loss of a lesson, in float32 or with bfloat16 products."""
+    if precision == "float32":
+        return suffix_loss(model, *lesson)
+    packed = lesson[1] is not None
+    patches = model.config.vision.num_patches if packed else 0
+    with torch.autocast("cpu", torch.bfloat16), ByProducts(patches):
+        return suffix_loss(model, *lesson)
+
+
 # cell e147fe0d
 def one_step(
     model, optimizers, lesson, factor: float, settings: Settings
@@ -616,9 +695,7 @@ def one_step(
     taught = (lesson[0].labels[:, 1:] != IGNORE).sum()
     total = 0.0
     for part in parts(lesson, settings.part):
-        half = settings.precision == "bfloat16"
-        with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            loss = suffix_loss(model, *part)
+        loss = lesson_loss(model, part, settings.precision)
         loss = loss * (part[0].labels[:, 1:] != IGNORE).sum() / taught
         loss.backward()
         total += loss.item()
@@ -690,9 +767,8 @@ def train(
             step % settings.checkpoint_every == 0
             or step == settings.steps
         ):
-            scores = quick_check(
-                model, processor, range(settings.eval_scenes)
-            )
+            seeds = range(settings.eval_scenes)
+            scores = quick_check(model, processor, seeds)
             save_checkpoint(path, model, optimizers, step)
             tqdm.write(
                 f"step {step}: loss {line['loss']:.3f}, {scores}"
