@@ -341,6 +341,26 @@ def test_kinds_are_even_and_so_is_their_number(layouts):
         assert far_from_even(held, range(1, count + 1)) < 4
 
 
+def test_practice_pictures_are_mixed_and_otherwise_as_in_the_first_world():
+    drawn = [layout(10**6 + i, world=scenes.CROWDED_WORLD)[0] for i in range(600)]
+    counts = [len(things) for things in drawn]
+    kinds = [len({thing.kind for thing in things}) for things in drawn]
+    assert set(counts) == {3, 4} and abs(counts.count(3) - 300) < 75  # 6 deviations
+    assert set(zip(counts, kinds, strict=True)) == {
+        (3, 2),
+        (3, 3),
+        (4, 2),
+        (4, 3),
+        (4, 4),
+    }
+    assert {t.kind for things in drawn for t in things} == set(FIRST_WORLD.names)
+
+
+def test_more_kinds_than_things_are_not_asked_for():
+    lonely = World(things=(1, 1), fewest=2)
+    assert [len(layout(i, world=lonely)[0]) for i in range(3)] == [1, 1, 1]
+
+
 def test_crowded_pictures_hold_things_as_large_as_empty_ones(layouts):
     for count in (1, 4):
         sizes = [

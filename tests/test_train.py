@@ -149,7 +149,9 @@ def test_lessons_never_show_a_scene_of_the_test_set(start, monkeypatch):
     _, processor = start
     seen = []
     true = scenes.scene
-    monkeypatch.setattr(scenes, "scene", lambda seed: seen.append(seed) or true(seed))
+    monkeypatch.setattr(
+        scenes, "scene", lambda seed, **world: seen.append(seed) or true(seed, **world)
+    )
     lessons = Lessons(TINY, processor)
     for step in range(len(lessons)):
         lessons[step]
@@ -272,6 +274,27 @@ def test_a_killed_process_loses_one_interval_at_most(whole_run, tmp_path):
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path) == losses(whole_run[0])
     assert json.loads((tmp_path / "settings.json").read_text()) == vars(TINY)
+
+
+@pytest.mark.parametrize("crowded", [0.0, 0.5, 1.0])
+def test_so_many_pictures_are_crowded_on_purpose(start, crowded, monkeypatch):
+    worlds, draw = [], scenes.scene
+
+    def watched(seed, *, world=scenes.FIRST_WORLD):
+        worlds.append(world)
+        return draw(seed, world=world)
+
+    monkeypatch.setattr(scenes, "scene", watched)
+    Lessons(Settings(batch_size=4, questions=2, crowded=crowded), start[1])[0]
+    assert worlds.count(scenes.CROWDED_WORLD) == 4 * crowded
+    assert worlds.count(scenes.FIRST_WORLD) == 4 - 4 * crowded
+
+
+@pytest.mark.parametrize("name", ["plain", "crowded"])
+@pytest.mark.parametrize("value", [-0.1, 1.1])
+def test_shares_are_shares(name, value):
+    with pytest.raises(ValueError, match=f"{name} is from 0 to 1"):
+        Settings(**{name: value})
 
 
 def gradients(model, loss):

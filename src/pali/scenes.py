@@ -18,6 +18,7 @@ from PIL import Image
 from pali.tokens import location_tokens
 
 __all__ = [
+    "CROWDED_WORLD",
     "FIRST_WORLD",
     "Ground",
     "Kind",
@@ -332,6 +333,8 @@ class World:
 
     kinds      the first so many of the catalogue
     things     fewest and most in a picture
+    fewest     kinds that a picture holds at least, if it has so many
+               things
     sizes      smallest and largest, px
     angles     how far a thing may lean, degrees
     overlap    most that two squares share, percent of the smaller
@@ -342,6 +345,7 @@ class World:
 
     kinds: int = 32
     things: tuple[int, int] = (1, 4)
+    fewest: int = 1
     sizes: tuple[int, int] = (28, 52)
     angles: tuple[int, ...] = (-15, -10, -5, 0, 5, 10, 15)
     overlap: int = 15
@@ -356,6 +360,8 @@ class World:
 
 
 FIRST_WORLD = World()
+# for practice alone: what is hard in the first world, more often
+CROWDED_WORLD = World(things=(3, 4), fewest=2)
 
 
 # cell c384c3d6
@@ -387,7 +393,8 @@ def draw_things(stream: Stream, world: World) -> list[Thing]:
     them comes once, and the other things repeat one of them.
     """
     count = stream.between(*world.things)
-    pool = stream.sample(world.names, stream.between(1, count))
+    kinds = stream.between(min(world.fewest, count), count)
+    pool = stream.sample(world.names, kinds)
     more = [stream.choice(pool) for _ in range(count - len(pool))]
     things = []
     for kind in stream.sample(pool + more, count):

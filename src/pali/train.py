@@ -106,6 +106,8 @@ class Settings:
     eval_scenes      unseen scenes it is asked about; 0: none
     start            a model folder whose weights to go on from, or
                      "mini"; empty: fresh weights
+    crowded          share of the pictures that come from
+                     `scenes.CROWDED_WORLD`, where the hard cases are
     """
 
     seed: int = 1
@@ -123,6 +125,7 @@ class Settings:
     checkpoint_every: int = 200
     eval_scenes: int = 24
     start: str = ""
+    crowded: float = 0.0
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -136,8 +139,10 @@ class Settings:
                 raise ValueError(
                     f"{name} must be above 0, at most 1, not {value}"
                 )
-        if not 0 <= self.plain <= 1:
-            raise ValueError(f"plain is from 0 to 1, not {self.plain}")
+        for name in ("plain", "crowded"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} is from 0 to 1, not {value}")
         if self.precision not in ("float32", "bfloat16"):
             raise ValueError(
                 "precision is float32 or bfloat16, not "
@@ -400,7 +405,13 @@ class Lessons(torch.utils.data.Dataset):
         start = (
             FIRST_TRAINING_SEED + s.seed * 2**32 + step * s.batch_size
         )
-        drawn = [scenes.scene(start + i) for i in range(s.batch_size)]
+        hard = round(s.crowded * s.batch_size)
+        worlds = [scenes.CROWDED_WORLD] * hard
+        worlds += [scenes.FIRST_WORLD] * (s.batch_size - hard)
+        drawn = [
+            scenes.scene(start + i, world=world)
+            for i, world in enumerate(worlds)
+        ]
         rows = [
             scenes.examples(
                 scene, scenes.question_stream(scene), s.questions
