@@ -2,6 +2,7 @@
 
 import ast
 import importlib.metadata
+import json
 import re
 import subprocess
 import sys
@@ -157,6 +158,29 @@ def test_the_readme_has_a_row_for_every_chapter():
             assert f"`pali.{path.stem[3:]}`" in row
     assert set(rows) == {stem[:2] for stem in LATER - {p.stem for p in CHAPTERS}}
     assert all("to come" in row for row in rows.values())
+
+
+def reading_minutes(path) -> float:
+    """200 words and 20 lines of shown code a minute, as the README says."""
+    words = lines = 0
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        text = "".join(cell["source"])
+        hidden = {"hide-input", "remove-cell"} & set(cell["metadata"].get("tags", []))
+        if cell["cell_type"] == "markdown":
+            words += len(text.split())
+        elif not hidden:
+            lines += sum(bool(line.strip()) for line in text.splitlines())
+    return words / 200 + lines / 20
+
+
+def test_the_readme_says_how_long_a_chapter_takes():
+    """Rounded to five minutes; a chapter may grow by half a step before it is wrong."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    told = dict(re.findall(r"\(notebooks/(\w+)\.ipynb\) \|.*\| (\d+) \|", readme))
+    paths = CHAPTERS
+    assert sorted(told) == [path.stem for path in paths]
+    for path in paths:
+        assert abs(int(told[path.stem]) - reading_minutes(path)) <= 5, path.stem
 
 
 def test_every_command_that_the_pages_name_exists():
