@@ -6,13 +6,15 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --no-input --quiet
 PICTURE ?= book/_static/scene.png
 DETECT ?= detect bee
-HANDWRITTEN = $(wildcard src/pali/_*.py src/pali/viz.py tests tools benchmarks book/_ext)
+BENCH ?=
+HANDWRITTEN = $(wildcard src/pali/_*.py src/pali/viz.py src/pali/workbook.py tests tools benchmarks \
+    book/_ext)
 unexport MPLBACKEND  # else a kernel that inherits it shows no figures
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help book test setup export run check notebooks html ask wheel browser address \
-        measure refresh clean
+        measure bench refresh clean
 
 book: html ask ## build the book, then ask the shipped model about a picture
 
@@ -65,6 +67,9 @@ refresh: address measure run html ## once the shipped model is trained anew: out
 measure: $(VENV)/.test ## measure the shipped model, draw the pictures of the landing page
 	$(PY) benchmarks/evaluate_mini.py
 	$(PY) benchmarks/make_pictures.py
+
+bench: $(VENV)/.test ## measure speed and memory, in turns with transformers
+	$(PY) -m pali bench $(BENCH)
 
 clean: ## remove what was built, keep .venv
 	rm -rf _build build dist

@@ -116,6 +116,17 @@ def test_the_check_of_the_row_sums_rejects_softmax_over_the_queries():
     assert (softmax(scores, dim=0).sum(-1) - 1).abs().max() > 0.1
 
 
+def test_both_checks_of_a_mask_are_needed_to_reject_the_usual_slips():
+    scores, mask = random(6, 6), random_mask(6, 6)
+    added = softmax(scores + mask.float())  # 1 and 0 as an additive mask
+    zeroed = softmax(scores) * mask  # cut away after the softmax
+    assert (added[~mask] > 0).all(), "forbidden cells find this one"
+    assert torch.allclose(added.sum(-1), torch.ones(6), atol=1e-6)
+    assert (zeroed[~mask] == 0).all()
+    # half of the cells are cut: what is left sums to 0.59 to 0.79 here
+    assert (zeroed.sum(-1) < 0.95).all(), "the sums of rows find this one"
+
+
 def test_permuting_keys_and_values_together_changes_nothing():
     q, k, v = (random(1, 2, 6, 8, seed=n) for n in range(3))
     order = torch.tensor([3, 0, 5, 1, 4, 2])
@@ -223,6 +234,19 @@ def test_the_comparison_rejects_a_scale_by_the_width_of_the_model():
     with torch.no_grad():  # the same as 32 ** -0.5 in the place of 8 ** -0.5
         ours.query.weight *= 4**-0.5
         ours.query.bias *= 4**-0.5
+    assert (ours(x) - theirs(x, x, x)[0]).abs().max() > 1
+
+
+def test_the_comparison_rejects_heads_glued_without_the_transpose(monkeypatch):
+    ours, theirs = pair_of_layers(32, 4)
+    x = random(2, 9, 32, seed=7)
+
+    def glued(y):
+        return y.reshape(len(y), y.shape[2], -1)
+
+    monkeypatch.setattr("pali.attention.merge_heads", glued)
+    assert ours(x).shape == x.shape  # looks right
+    # 12 seeds: 8.2 to 12.3, where rounding explains 8e-6
     assert (ours(x) - theirs(x, x, x)[0]).abs().max() > 1
 
 

@@ -165,7 +165,10 @@ def reading_minutes(path) -> float:
     words = lines = 0
     for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
         text = "".join(cell["source"])
-        hidden = {"hide-input", "remove-cell"} & set(cell["metadata"].get("tags", []))
+        tags = set(cell["metadata"].get("tags", []))
+        hidden = {"hide-input", "hide-cell", "remove-cell"} & tags
+        if ":::{exercise}" in text or ":::{solution" in text:
+            continue
         if cell["cell_type"] == "markdown":
             words += len(text.split())
         elif not hidden:

@@ -19,10 +19,6 @@ __all__ = [
 ]
 
 
-# cell aef4ce2d
-Trace = dict[str, Tensor] | None
-
-
 # cell 6d2fd0ab
 def softmax(scores: Tensor, dim: int = -1) -> Tensor:
     """Turn scores into positive weights that sum to 1 along `dim`.
@@ -65,6 +61,10 @@ def attend_written_out(
         scores = scores.masked_fill(~mask, float("-inf"))
     weights = scores.float().softmax(dim=-1).to(v.dtype)  # stable
     return weights @ v, weights
+
+
+# cell aef4ce2d
+Trace = dict[str, Tensor] | None
 
 
 # cell 8dbbd468

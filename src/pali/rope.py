@@ -46,11 +46,10 @@ def rope_table(angles: Tensor) -> tuple[Tensor, Tensor]:
 
 # cell b81a3ec6
 def rotate_pairs(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn every pair (x[i], x[i + Dh/2]) of a head vector by its
-    angle.
+    """Turn every pair (x[i], x[i + Dh/2]) of a head vector.
 
     x         float[B, H, T, Dh]
-    table     cosine and sine from `rope_table`
+    table     cosine and sine of the pairs' angles, from `rope_table`
     returns   float[B, H, T, Dh], dtype of x, lengths unchanged
     """
     cos, sin = table
@@ -62,8 +61,7 @@ def rotate_pairs(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
 
 # cell 22134dd2
 def apply_rope(x: Tensor, angles: Tensor) -> Tensor:
-    """Turn head vectors by angles: `rotate_pairs` with its table made
-    here.
+    """Turn head vectors by angles: `rope_table`, then `rotate_pairs`.
 
     x         float[B, H, T, Dh]
     angles    float32[B, T, Dh/2], radians, from `rope_angles`

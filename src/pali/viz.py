@@ -40,6 +40,7 @@ __all__ = [
     "bars",
     "boxes",
     "contact_sheet",
+    "cost_table",
     "explore",
     "filters",
     "heatmap",
@@ -1039,6 +1040,48 @@ def _chip(text: str, kind: str) -> str:
     return f'<span style="{style}">{html.escape(text)}</span>'
 
 
+def cost_table(
+    rows: dict[str, Sequence],
+    columns: Sequence[str] = ("shipped model", "PaliGemma 3B"),
+) -> Html:
+    """What a component costs: one row a quantity, one column a model.
+
+    rows   name, with its unit -> one number or text a column; numbers below 100,000 are
+           written out, larger ones to three digits in thousands, millions, billions
+    """
+    for name, values in rows.items():
+        if len(values) != len(columns):
+            raise ValueError(
+                f"row {name!r} has {len(values)} values, but there are {len(columns)} "
+                f"columns: {', '.join(columns)}"
+            )
+    table = {name: [_count(v) for v in values] for name, values in rows.items()}
+    head = "".join(f'<th scope="col">{html.escape(c)}</th>' for c in columns)
+    body = "".join(
+        f'<tr><th scope="row" style="text-align:left">{html.escape(name)}</th>'
+        + "".join(f"<td>{html.escape(v)}</td>" for v in values)
+        + "</tr>"
+        for name, values in table.items()
+    )
+    words = "; ".join(f"{name}: {' / '.join(v)}" for name, v in table.items())
+    return Html(
+        f"<table><thead><tr><td></td>{head}</tr></thead><tbody>{body}</tbody></table>",
+        f"<cost, {' / '.join(columns)}: {words}>",
+    )
+
+
+def _count(value) -> str:
+    """A number as people say it: 98,304 or 1.81 billion; text stays as it is."""
+    if isinstance(value, str):
+        return value
+    if abs(value) < 1e5:
+        return f"{value:,}" if isinstance(value, int) else f"{value:,.3g}"
+    for size, word in ((1e12, "trillion"), (1e9, "billion"), (1e6, "million")):
+        if abs(value) >= 0.9995 * size:
+            return f"{value / size:.3g} {word}"
+    return f"{value / 1e3:.3g} thousand"
+
+
 def svg_heatmap(
     values,
     *,
@@ -1158,11 +1201,12 @@ CHAPTERS: dict[str, tuple[int, str, int, int, int, int]] = {
 GROUPS = ("vision", "decoder", "paligemma")  # boxes that hold other boxes
 
 
-def model_map(lit: str | Sequence[str] | None = None) -> Html:
+def model_map(lit: str | Sequence[str] | None = None, built: bool = False) -> Html:
     """The map of the model and the book, with one chapter's box lit.
 
-    lit   a module name ("rope"), several, "all", or None. Boxes of earlier chapters
-          have a solid border, later ones a dashed one.
+    lit     a module name ("rope"), several, "all", or None. Boxes of earlier chapters
+            have a solid border, later ones a dashed one.
+    built   also tint the boxes of earlier chapters: what the reader has by now
     """
     wanted = [lit] if isinstance(lit, str) else list(lit or [])
     if wanted == ["all"]:
@@ -1172,7 +1216,7 @@ def model_map(lit: str | Sequence[str] | None = None) -> Html:
         raise ValueError(f"no box for {unknown}; there are {', '.join(CHAPTERS)}")
     now = max((CHAPTERS[name][0] for name in wanted), default=0)
     order = sorted(CHAPTERS, key=lambda n: -CHAPTERS[n][4] * CHAPTERS[n][5])
-    parts = [_map_box(name, name in wanted, now) for name in order]
+    parts = [_map_box(name, name in wanted, now, built) for name in order]
     parts += [
         _text(117, 34, "a picture", size=13, more=' font-style="italic"'),
         _text(363, 34, "“detect cat”", size=13, more=' font-style="italic"'),
@@ -1191,6 +1235,9 @@ def model_map(lit: str | Sequence[str] | None = None) -> Html:
     else:
         named = [f"chapter {CHAPTERS[n][0]}, {CHAPTERS[n][1]}" for n in wanted]
         where = f"Marked: {'; '.join(named)}."
+    if built:
+        earlier = [n for n, box in CHAPTERS.items() if box[0] <= now]
+        where += f" Built so far: {', '.join(CHAPTERS[n][1] for n in earlier)}."
     label = (
         "Map of the model. A picture is cut into patches and read by the vision tower; "
         "a prompt is cut into tokens; fusion puts both into one sequence; the decoder "
@@ -1200,7 +1247,7 @@ def model_map(lit: str | Sequence[str] | None = None) -> Html:
     return _svg(parts, 480, 500, label, f"<model map: {where}>", shown=580)
 
 
-def _map_box(name: str, lit: bool, now: int) -> str:
+def _map_box(name: str, lit: bool, now: int, built: bool) -> str:
     number, words, x, y, width, height = CHAPTERS[name]
     group = name in GROUPS
     if lit and not group:
@@ -1210,7 +1257,9 @@ def _map_box(name: str, lit: bool, now: int) -> str:
         ink = "currentColor"
     else:
         dash = "" if number <= now else ' stroke-dasharray="4 3"'
-        look, ink = f'fill="none" stroke="currentColor" stroke-opacity="0.6"{dash}', ""
+        tint = f'fill="{OTHER}" fill-opacity="0.22"' if built and not dash else ""
+        tint = tint or 'fill="none"'
+        look, ink = f'{tint} stroke="currentColor" stroke-opacity="0.6"{dash}', ""
     ink = ink or "currentColor"
     box = f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="5" {look}/>'
     weight = ' font-weight="700"' if lit else ""
