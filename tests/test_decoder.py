@@ -146,6 +146,17 @@ def swap_norms(decoder):
         )  # fmt: skip
 
 
+def norm_behind_attention(decoder):
+    """Take `post_attention_layernorm` at its word, in Gemma."""
+    for block in decoder.blocks:
+
+        def forward(x, table, mask, cache, trace, name, b=block):
+            x = x + b.mlp_norm(b.attention(b.attention_norm(x), table, mask))
+            return x + b.mlp(x)
+
+        block.forward = forward
+
+
 def without_scale(decoder):
     decoder.embed = lambda ids: decoder.embedding[ids]
 
@@ -165,7 +176,10 @@ def erf_gelu(decoder):
 FAULTS = [(k, f) for k in TABLES for f in (without_scale, scaled_twice, erf_gelu)]
 
 
-@pytest.mark.parametrize(("kind", "fault"), [*FAULTS, ("gemma2", swap_norms)])
+@pytest.mark.parametrize(
+    ("kind", "fault"),
+    [*FAULTS, ("gemma2", swap_norms), ("gemma", norm_behind_attention)],
+)
 def test_the_comparison_notices_a_fault(kind, fault):
     decoder = ours(kind, 2, 16)
     fault(decoder)

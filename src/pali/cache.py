@@ -79,8 +79,8 @@ class Cache:
 class LayerCache:
     """One layer's buffers: given new keys and values, returns all.
 
-    k, v      float[B, Hkv, T, Dh], keys already rotated
-    returns   views float[B, Hkv, length, Dh] of the buffers, not copies
+    k, v      float[B, K, T, Dh], keys already rotated
+    returns   views float[B, K, length, Dh] of the buffers, not copies
     """
 
     def __init__(self, cache: Cache, index: int) -> None:

@@ -196,19 +196,16 @@ def as_rows(images, prompts, suffixes=None) -> tuple[list, list, list]:
     )
     if not len(images) == len(prompts) == len(suffixes) or not prompts:
         raise ValueError(
-            f"pictures, prompts and suffixes must be equally many and at least one, "
-            f"got {len(images)}, {len(prompts)} and {len(suffixes)}"
+            "pictures, prompts and suffixes must be equally many and at "
+            f"least one, got {len(images)}, {len(prompts)} and {len(suffixes)}"
         )
     texts = prompts + [text for text in suffixes if text is not None]
     if not all(isinstance(text, str) for text in texts):
         raise TypeError("prompts and suffixes are strings")
+    rows = [[] if row is None else row for row in images]
     rows = [
-        []
-        if row is None
-        else list(row)
-        if isinstance(row, (list, tuple))
-        else [row]
-        for row in images
+        list(row) if isinstance(row, (list, tuple)) else [row]
+        for row in rows
     ]
     return rows, prompts, suffixes
 
