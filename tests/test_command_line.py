@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from pali import __main__ as program
 from pali import scenes
 from pali.__main__ import main
 
@@ -242,6 +243,49 @@ def test_training_numbers_out_of_range(capsys, tmp_path, argv):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--only", "prefil_bf16"], "there is no row 'prefil_bf16'"),
+        (["--only", ","], "names no row"),
+        (["--rounds", "0"], "must be 1 or more"),
+        (["--rounds", "x"], "invalid int value"),
+        (["--threads", "0"], "must be 1 or more"),
+        (["--column", "gpu"], "invalid choice: 'gpu'"),
+        (["--size", "3b"], "invalid choice: '3b'"),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
+)
+def test_benchmark_options_out_of_range(capsys, argv, says):
+    assert says in complaint(capsys, "bench", *argv)
+
+
+def test_benchmark_results_that_are_none(capsys, tmp_path):
+    path = tmp_path / "results.json"
+    path.write_text("{")
+    argv = ("--only", "preprocess", "--size", "tiny", "--out", path)
+    assert "is no file of results" in complaint(capsys, "bench", *argv)
+    assert path.read_text() == "{"
+
+
+def test_benchmarks_need_the_repository(capsys, monkeypatch, tmp_path):
+    package = tmp_path / "lib" / "site-packages" / "pali"
+    monkeypatch.setattr(program, "__file__", str(package / "__main__.py"))
+    assert "get the repository" in complaint(capsys, "bench")
+
+
+def test_benchmarks_need_the_reference(capsys, monkeypatch):
+    monkeypatch.setattr(program, "find_spec", lambda name: None)
+    said = complaint(capsys, "bench", "--quick")
+    assert "pip install transformers" in said
+
+
+def test_benchmarks_say_which_rows_there_are(capsys):
+    assert main(["bench", "--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > 15 and lines[0].startswith("prefill_bf16 ")
+
+
 def test_doctor_says_what_there_is(capsys):
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
@@ -267,4 +311,4 @@ def test_help_names_every_command(capsys):
         main(["--help"])
     assert stop.value.code == 0
     out = capsys.readouterr().out
-    assert all(word in out for word in ("ask", "train", "doctor"))
+    assert all(word in out for word in ("ask", "train", "bench", "doctor"))

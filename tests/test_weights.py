@@ -29,9 +29,19 @@ from transformers.models.siglip.image_processing_pil_siglip import (
 
 import pali
 import pali.weights
+from pali.decoder import DecoderConfig
 from pali.paligemma import DECODERS, PaliGemmaConfig, published_config
 from pali.tokens import Tokenizer
-from pali.weights import config_json, load_model, read_config, save_model, write_files
+from pali.vision import VisionConfig
+from pali.weights import (
+    NoDraws,
+    config_json,
+    load_model,
+    read_config,
+    save_model,
+    write_files,
+    write_tensors,
+)  # fmt: skip
 from reference import (
     ATOL,
     PALIGEMMA_1,
@@ -677,11 +687,11 @@ def test_a_save_that_fails_leaves_the_old_folder_whole(name, tmp_path, monkeypat
     save_model(model, tmp_path)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
 
-    def fail(tensors, path, metadata=None):
-        Path(path).write_bytes(b"half")
+    def fail(path, tensors):
+        path.write_bytes(b"half")
         raise error
 
-    monkeypatch.setattr(pali.weights, "save_file", fail)
+    monkeypatch.setattr(pali.weights, "write_tensors", fail)
     with pytest.raises(raised):
         save_model(model.bfloat16(), tmp_path)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
@@ -704,6 +714,71 @@ except OSError as error:
     done = subprocess.run([sys.executable, "-c", script], check=False)
     assert done.returncode == 7
     assert list((tmp_path / "new").iterdir()) == []
+
+
+def entries(path: Path) -> tuple[int, dict]:
+    """Where the numbers of a safetensors file begin, and what its header says."""
+    raw = path.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    header.pop("__metadata__", None)
+    return 8 + length, header
+
+
+ODD = {  # bytes that fill whole lines of 64, and bytes that do not
+    "b": torch.ones(3, 5), "a": torch.ones(8, 16), "c": torch.ones(32).bfloat16(),
+    "d": torch.ones(1).half(), "e": torch.ones(7).double(), "f": torch.ones(64, 2),
+    "empty": torch.ones(0, 4),
+}  # fmt: skip
+
+
+def test_tensors_that_fill_whole_lines_begin_on_one(tmp_path):
+    write_tensors(tmp_path / "x", ODD)
+    start, header = entries(tmp_path / "x")
+    assert start % 64 == 0
+    for key, tensor in ODD.items():
+        begins = start + header[key]["data_offsets"][0]
+        if tensor.nbytes % 64 == 0:
+            assert begins % 64 == 0, key
+        assert begins % tensor.element_size() == 0, key
+
+
+def test_every_matrix_of_the_released_sizes_would_begin_on_a_line(tmp_path):
+    """The widths of PaliGemma 3B, whose fc1.bias of 4304 fills no whole line."""
+    sizes = {"decoder": (256, 2048), "fc1.bias": (4304,), "fc1": (4304, 1152)}
+    tensors = {
+        f"{i}.{name}": torch.zeros(size, dtype=torch.bfloat16)
+        for i in range(3) for name, size in sizes.items()
+    }  # fmt: skip
+    write_tensors(tmp_path / "x", tensors)
+    start, header = entries(tmp_path / "x")
+    off = {k for k, e in header.items() if (start + e["data_offsets"][0]) % 64}
+    assert off <= {"1.fc1.bias", "2.fc1.bias"}
+
+
+def test_safetensors_reads_what_we_write(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    turned = torch.randn(6, 4, generator=generator).T  # not in one piece
+    tensors = {
+        k: torch.randn(t.shape, generator=generator).to(t) for k, t in ODD.items()
+    }
+    tensors |= {"turned": turned, "part": torch.arange(9.0)[2:5], "ü": torch.ones(2)}
+    write_tensors(tmp_path / "x", tensors)
+    again = load_file(tmp_path / "x")
+    assert again.keys() == tensors.keys()
+    for key, tensor in tensors.items():
+        assert again[key].dtype == tensor.dtype and again[key].equal(tensor), key
+    with pali.weights.safe_open(tmp_path / "x", framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}  # what transformers asks for
+
+
+def test_mapped_weights_that_we_wrote_begin_on_a_line(tmp_path):
+    save_model(load_model(folder(PALIGEMMA_1), dtype=torch.bfloat16), tmp_path)
+    start, header = entries(tmp_path / "model.safetensors")
+    model = load_model(tmp_path, dtype=None)
+    matrices = [p for p in model.parameters() if p.nbytes % 64 == 0]
+    assert len(matrices) > 40
+    assert {p.data_ptr() % 64 for p in matrices} == {0}
 
 
 def test_saving_where_a_file_stands_is_an_oserror(tmp_path):
@@ -776,3 +851,68 @@ def test_keeping_the_stored_type_maps_the_file_and_copies_nothing(tmp_path):
     assert loaded < 10 and used < 40
     loaded, _ = growth("torch.float32")  # the measurement does see a copy
     assert loaded > 0.9 * size
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
+def test_generating_with_mapped_weights_stays_small(tmp_path):
+    """A quarter of a gigabyte of weights at released widths, never in memory."""
+    vision = replace(VisionConfig(), num_layers=1)
+    decoder = replace(DecoderConfig(), vocab_size=4096, num_layers=1)
+    config = PaliGemmaConfig(vision, decoder, image_id=4000)
+    with torch.device("meta"):
+        model = pali.PaliGemma(config)
+    generator = torch.Generator().manual_seed(0)
+    state = {
+        name: torch.randn(w.shape, generator=generator).mul_(0.02).bfloat16()
+        for name, w in model.state_dict().items()
+    }
+    model.load_state_dict(state, assign=True)
+    small = pali.load_processor("mini")
+    processor = pali.Processor(small.tokenizer, 224, 256, 4000)
+    save_model(model, tmp_path, processor)
+    size = (tmp_path / "model.safetensors").stat().st_size >> 20
+    assert size > 250
+    script = f"""
+import threading, numpy, torch, pali
+from pathlib import Path
+def anonymous():
+    text = Path("/proc/self/status").read_text()
+    return int(text.split("RssAnon:")[1].split("kB")[0]) // 1024
+picture = numpy.zeros((224, 224, 3), numpy.uint8)
+pali.generate(*pali.load("mini"), picture, "caption en", max_new_tokens=2)
+before, peak, done = anonymous(), 0, threading.Event()
+def watch():
+    global peak
+    while not done.wait(0.002):
+        peak = max(peak, anonymous())
+thread = threading.Thread(target=watch)
+thread.start()
+model, processor = pali.load({str(tmp_path)!r}, dtype=None)
+loaded = anonymous() - before
+pali.generate(model, processor, picture, "caption en", max_new_tokens=8)
+done.set(); thread.join()
+print(loaded, peak - before)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], check=True, capture_output=True, text=True
+    )
+    loaded, peak = map(int, done.stdout.split())
+    # measured: 0 and 27 MB; a copy of the weights would be 270
+    assert loaded < 10 and peak < 100, (loaded, peak)
+
+
+def test_loading_draws_no_numbers_and_no_compiler():
+    """Drawing on "meta" would import torch's compiler: 4 s instead of 0.02 s once."""
+    script = (
+        "import pali, sys; pali.load('mini'); print('torch._dynamo' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], check=True, capture_output=True, text=True
+    )
+    assert done.stdout == "False\n"
+    with NoDraws():
+        weight = torch.nn.init.normal_(torch.zeros(3))
+        assert torch.nn.init.uniform_(tensor=weight) is weight
+        assert weight.tolist() == [0, 0, 0]  # left as it was
+    assert torch.nn.init.ones_(weight).tolist() == [1, 1, 1]  # and only there

@@ -48,6 +48,7 @@ _MODULES = (  # in reading order; viz has no chapter
     "scenes",
     "outlines",
     "train",
+    "speed",
     "tasks",
     "attention_maps",
     "viz",

@@ -1,4 +1,4 @@
-"""The command line: `python -m pali ask PICTURE PROMPT`, `train`, `doctor`.
+"""The command line: `python -m pali ask PICTURE PROMPT`, `train`, `bench`, `doctor`.
 
 Wrong input of any kind ends in one line that says what is wrong and what to do, with
 exit code 2. Files are written beside their place and moved there.
@@ -12,7 +12,8 @@ import os
 import platform
 import sys
 from dataclasses import fields
-from importlib import metadata
+from importlib import import_module, metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 DTYPES = ("float32", "bfloat16", "float16", "stored")
@@ -36,6 +37,7 @@ def parser(argv: list[str]) -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_ask(commands)
     add_train(commands, settings="train" in argv[:1])
+    add_bench(commands)
     add_doctor(commands)
     return top
 
@@ -75,6 +77,26 @@ def add_train(commands, settings: bool) -> None:
                 name, type=kind, default=field.default, metavar=kind.__name__.upper(),
                 help=f"[{field.default}]",
             )  # fmt: skip
+
+
+def add_bench(commands) -> None:
+    bench = commands.add_parser(
+        "bench", help="measure against the reference implementation", prog="pali bench"
+    )
+    bench.add_argument("--list", action="store_true", help="say which rows there are")
+    bench.add_argument("--only", metavar="ROW,…", help="these rows, or groups of rows")
+    bench.add_argument("--rounds", type=int, default=5, metavar="N", help="[5]")
+    bench.add_argument("--column", choices=("unit", "masked", "none"), help="[own]")
+    bench.add_argument("--size", choices=("full", "slice", "tiny"), default="full")
+    bench.add_argument(
+        "--quick", dest="size", action="store_const", const="slice",
+        help="the same as --size slice: full widths, two layers",
+    )  # fmt: skip
+    bench.add_argument("--threads", type=int, metavar="N")
+    bench.add_argument("--cache", metavar="FOLDER", help="for the random weights")
+    bench.add_argument("--out", metavar="FILE.json", help="[benchmarks/results/…]")
+    bench.add_argument("--resume", action="store_true", help="only what is missing")
+    bench.set_defaults(run=bench_command)
 
 
 def add_doctor(commands) -> None:
@@ -182,6 +204,23 @@ def train_command(options) -> None:
     print(train(settings, options.out, workers=options.workers))
 
 
+def bench_command(options) -> int:
+    """Measure ours and the reference in turns; see `benchmarks/speed.py`."""
+    folder = Path(__file__).resolve().parents[2] / "benchmarks"
+    if not (folder / "speed.py").is_file():
+        raise Problem(
+            "the benchmarks are no part of the installed package: get the repository "
+            "and run `make bench` there"
+        )
+    if find_spec("transformers") is None:
+        raise Problem(
+            "the benchmarks compare with transformers, which is not installed: run "
+            "`pip install transformers`"
+        )
+    sys.path.insert(0, str(folder))
+    return import_module("speed").run(options)
+
+
 def memory_gb() -> float | None:
     """Memory of this machine in GB, None where it cannot be asked."""
     try:
@@ -237,14 +276,14 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
         options = parser(argv).parse_args(argv)
-        options.run(options)
+        code = options.run(options)
     except (Problem, ValueError, TypeError, OSError) as error:
         print(f"pali: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("pali: stopped", file=sys.stderr)
         return 130
-    return 0
+    return code or 0
 
 
 if __name__ == "__main__":

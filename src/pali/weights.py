@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from pali.decoder import DecoderConfig
 from pali.paligemma import PaliGemma, PaliGemmaConfig
@@ -25,9 +25,12 @@ from pali.tokens import Processor, Tokenizer
 from pali.vision import VisionConfig
 
 __all__ = [
+    "CODES",
     "DECODER_BLOCKS",
     "GEMMA2_BLOCK",
     "GEMMA_BLOCK",
+    "LINE",
+    "NoDraws",
     "TOP",
     "VISION_BLOCK",
     "check_architecture",
@@ -60,6 +63,7 @@ __all__ = [
     "weight_files",
     "whole",
     "write_files",
+    "write_tensors",
 ]
 
 
@@ -451,6 +455,20 @@ def check_device(device: str | torch.device) -> None:
         ) from error
 
 
+# cell a05f5831
+class NoDraws(TorchFunctionMode):
+    """While it is active, `torch.nn.init` leaves tensors as they are.
+
+    note      for models whose numbers come from a file
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **kwargs)
+
+
 # cell 3f75c17c
 def empty_model(config: PaliGemmaConfig, folder: Path) -> PaliGemma:
     """A model without memory: names and shapes, no numbers ("meta"
@@ -459,7 +477,7 @@ def empty_model(config: PaliGemmaConfig, folder: Path) -> PaliGemma:
     raises    ValueError if the sizes in config.json do not fit together
     """
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), NoDraws():
             return PaliGemma(config)
     except (ValueError, RuntimeError) as error:
         raise ValueError(
@@ -674,7 +692,7 @@ def released_tensors(model: PaliGemma) -> dict[str, Tensor]:
     architecture, found = model.config.decoder.architecture, {}
     for name, tensor in model.state_dict().items():
         key = released_name(checkpoint_name(name, architecture))
-        found[key] = tensor.detach().contiguous()
+        found[key] = tensor.detach()
     return found
 
 
@@ -683,6 +701,46 @@ def json_writer(data: dict) -> Callable[[Path], object]:
     """A function that writes `data` to the path it is given."""
     text = json.dumps(data, indent=2) + "\n"
     return lambda path: path.write_text(text, encoding="utf-8")
+
+
+# cell 3429c15b
+LINE = 64  # bytes that a processor fetches at once
+CODES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+}
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file whose tensors begin on 64-byte lines.
+
+    tensors   name -> float tensor, on any device
+    note      an odd size would shift all that follows, so tensors whose
+              bytes do not fill whole lines come last
+    """
+
+    def rank(key: str):
+        tensor = tensors[key]
+        return tensor.nbytes % LINE > 0, -tensor.itemsize, key
+
+    order, header, end = sorted(tensors, key=rank), {}, 0
+    for key in order:
+        tensor, start = tensors[key], end
+        end += tensor.nbytes
+        header[key] = {
+            "dtype": CODES[tensor.dtype], "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }  # fmt: skip
+    header["__metadata__"] = {"format": "pt"}
+    text = json.dumps(header).encode()
+    text += b" " * (-(8 + len(text)) % LINE)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for key in order:
+            flat = tensors[key].detach().cpu().flatten()
+            file.write(flat.view(torch.uint8).numpy())
 
 
 # cell c8aad687
@@ -700,9 +758,9 @@ def save_model(
     """
     data = config_json(model.config, model.decoder.embedding.dtype)
     check_expressible(model.config.decoder, data["text_config"])
-    tensors, form = released_tensors(model), {"format": "pt"}
+    tensors = released_tensors(model)
     files = {
-        "model.safetensors": lambda p: save_file(tensors, p, form),
+        "model.safetensors": lambda p: write_tensors(p, tensors),
         "config.json": json_writer(data),
     }
     if processor is not None:
