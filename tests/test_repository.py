@@ -160,6 +160,22 @@ def test_the_readme_has_a_row_for_every_chapter():
     assert all("to come" in row for row in rows.values())
 
 
+def test_every_column_of_every_table_has_a_head():
+    """A screen reader names the column of each cell; the browser check asks too."""
+    head = re.compile(r"(?m)^(\|.*\|) *\n\|[ :|-]+\| *$")
+    pages = {
+        path.name: path.read_text(encoding="utf-8")
+        for path in sorted((ROOT / "book").glob("*.md"))
+    }
+    for path in CHAPTERS:
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        texts = ["".join(c["source"]) for c in cells if c["cell_type"] == "markdown"]
+        pages[path.name] = "\n\n".join(texts)
+    heads = [(name, row) for name, text in pages.items() for row in head.findall(text)]
+    assert len(heads) > 20
+    assert [(n, row) for n, row in heads if re.search(r"\| *\|", row)] == []
+
+
 def reading_minutes(path) -> float:
     """200 words and 20 lines of shown code a minute, as the README says."""
     words = lines = 0
