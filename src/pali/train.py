@@ -333,7 +333,9 @@ def attend_by_products(
     """Attention as two matrix products; `bias` is 0, or -inf for
     hidden.
 
-    q    float[B, H, T, Dh];  k, v    float[B, H, S, Dh]
+    q       float[B, H, T, Dh];  k, v    float[B, H, S, Dh]
+    note    `attend_written_out` takes the softmax in float32; here it
+            stays in the dtype of v, which halves what is moved
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     scores = (q * scale).to(v.dtype) @ k.to(v.dtype).mT
@@ -348,6 +350,8 @@ class ByProducts(TorchFunctionMode):
 
     patches    0; or, in a packed lesson, the number of image tokens,
                which come first and see only each other
+    note       for training alone: with a mask, all keys are new (no
+               cache), and every layer has the same mask
     """
 
     def __init__(self, patches: int = 0) -> None:
