@@ -346,7 +346,8 @@ class Ours(Side):
         for seed in range(scenes):
             drawn = scene(seed)
             kind = drawn.things[0].kind
-            prompts = ["caption en", f"detect {kind}", f"segment {kind}"]
+            asked = f"answer en how many {kind}?"
+            prompts = ["caption en", f"detect {kind}", asked]
             images = [drawn.image] * len(prompts)
             texts = pali.generate(model, processor, images, prompts)
             batch = processor(images, prompts, texts)

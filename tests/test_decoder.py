@@ -358,3 +358,18 @@ def test_looking_inside_changes_nothing(kind):
 def test_an_unknown_architecture_is_refused_by_name():
     with pytest.raises(ValueError, match="'gemma3'.*gemma and gemma2"):
         Decoder(replace(DecoderConfig(), architecture="gemma3"))
+
+
+@KINDS
+def test_the_last_places_alone_are_those_of_the_whole(kind):
+    decoder = ours(kind, 2, 8)
+    x = decoder.embed(torch.stack([token_ids(0)[0], token_ids(1)[0]]))
+    positions = torch.arange(x.shape[1]).expand(2, -1)
+    trace, last = {}, torch.tensor([4, LENGTH - 1])
+    with torch.no_grad():
+        whole = decoder(x, positions)
+        picked = decoder(x, positions, trace=trace, last=last)
+    assert picked.shape == (2, 1, WIDTH)
+    # a trace takes the written-out attention: 1e-6 is rounding; the place before: 0.1
+    torch.testing.assert_close(picked[:, 0], whole[[0, 1], last], rtol=0, atol=1e-5)
+    assert trace["decoder.output"].shape == x.shape

@@ -88,8 +88,7 @@ def test_last_only_gives_the_last_valid_place_of_each_row(model, padding):
 
 
 def test_last_valid_of_a_single_place_is_that_place():
-    x = torch.randn(2, 1, 3, generator=torch.Generator().manual_seed(0))
-    assert last_valid(x, torch.tensor([[True], [False]])).equal(x)
+    assert last_valid(torch.tensor([[True], [False]])).tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])

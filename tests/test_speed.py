@@ -312,9 +312,18 @@ def test_few_tokens_keep_the_fused_kernel():
 def test_the_report_names_every_shape_once_for_each_number_of_rows():
     model, report = tiny_model(), []
     prepare(model, rows=(24, 1), rounds=1, report=report)
-    shapes = {
-        tuple(m.weight.shape) for m in model.modules() if isinstance(m, nn.Linear)
-    } | {tuple(model.decoder.embedding.shape)}
+    shapes = {tuple(model.decoder.embedding.shape)}
+    joined = {}
+    for part, names in speed.siblings(model):
+        layers = [getattr(part, name) for name in names]
+        rows = sum(len(layer.weight) for layer in layers)
+        shapes.add((rows, layers[0].in_features))
+        joined |= {id(layer): layer for layer in layers}
+    shapes |= {
+        tuple(m.weight.shape)
+        for m in model.modules()
+        if isinstance(m, nn.Linear) and id(m) not in joined
+    }
     got = [(entry["shape"], entry["rows"]) for entry in products(report)]
     assert len(got) == len(set(got)) == 2 * len(shapes)
     assert set(got) == {(shape, n) for shape in shapes for n in (1, 24)}
@@ -373,7 +382,8 @@ def test_the_model_given_stays_as_it_is(precision):
         assert torch.equal(tensor, before[name]) and tensor.dtype == torch.float32
 
 
-def test_weights_that_do_not_change_are_shared():
+def test_large_weights_that_do_not_change_are_shared(monkeypatch):
+    monkeypatch.setattr(speed, "SMALL", 0)
     model = tiny_model()
     ours = {p.data_ptr() for p in model.parameters()}
     for precision in (None, "float32"):
@@ -382,6 +392,59 @@ def test_weights_that_do_not_change_are_shared():
     narrow = prepare(model, "bfloat16", rows=(1,), rounds=1)
     assert {p.dtype for p in narrow.parameters()} == {torch.bfloat16}
     assert ours.isdisjoint(p.data_ptr() for p in narrow.parameters())
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_last_place_alone_is_that_of_all_places(kind, padding):
+    model = tiny_model(kind)
+    fast = prepare(model, rows=(1, 24), rounds=1)
+    ids, valid = tiny_rows((3, 9), padding)
+    caches = [Cache(model.config, 2, ids.shape[1] + 1) for _ in range(2)]
+    with torch.inference_mode():
+        every = model(tiny_pixels(2), ids, valid=valid, cache=caches[0])
+        last = fast(tiny_pixels(2), ids, valid=valid, cache=caches[1], last_only=True)
+        for row in range(2):
+            at = valid[row].nonzero().max()
+            # worst: 4e-7, other orders of summing; the place before it: 0.1
+            assert off(last[row, 0], every[row, at]) < 4e-6
+        # what later tokens read is there for all places
+        for a, b in zip(*(c.keys + c.values for c in caches), strict=True):
+            assert off(b[:, :, : ids.shape[1]], a[:, :, : ids.shape[1]]) < 4e-6
+
+
+def test_joined_layers_are_one_product_and_hold_nothing_afterwards():
+    draw, calls = torch.Generator().manual_seed(0), []
+    weights = torch.randn(7, 4, generator=draw)
+
+    class Product(nn.Module):
+        def forward(self, x):
+            calls.append(x)
+            return F.linear(x, weights)
+
+    joined = speed.Joined(Product(), [2, 4, 1])
+    a, b, c = (speed.Share(joined, i) for i in range(3))
+    x, other = torch.randn(2, 1, 3, 4, generator=draw)
+    assert torch.equal(c(x), F.linear(x, weights)[..., 6:])
+    assert torch.equal(a(x), F.linear(x, weights)[..., :2]) and len(calls) == 1
+    # another x in between, and the same share twice: computed anew
+    assert torch.equal(b(other), F.linear(other, weights)[..., 2:6])
+    assert torch.equal(b(other), F.linear(other, weights)[..., 2:6])
+    assert len(calls) == 3
+    a(other), c(other)
+    assert joined.x is None and not joined.shares
+
+
+def test_small_models_and_int8_join_and_large_floats_do_not(monkeypatch):
+    def shares(fast):
+        return sum(isinstance(m, speed.Share) for m in fast.modules())
+
+    model = tiny_model()
+    layers = sum(len(names) for _, names in speed.siblings(model))
+    assert shares(prepare(model, rows=(1,), rounds=1)) == layers
+    monkeypatch.setattr(speed, "SMALL", 0)
+    assert shares(prepare(model, rows=(1,), rounds=1)) == 0
+    assert shares(prepare(model, "int8", rows=(1,), rounds=1)) == layers
 
 
 def test_int8_holds_no_floats_of_the_matrices():

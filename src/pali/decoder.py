@@ -22,6 +22,7 @@ __all__ = [
     "DecoderConfig",
     "Gemma2Block",
     "GemmaBlock",
+    "at_places",
     "soft_cap",
 ]
 
@@ -126,6 +127,14 @@ class Gemma2Block(GemmaBlock):
         return x
 
 
+# cell d43e7fc6
+def at_places(x: Tensor, places: Tensor) -> Tensor:
+    """One place of each row: float[B, T, D], int64[B] -> float[B, 1,
+    D]."""
+    rows = torch.arange(len(x), device=x.device)
+    return x[rows, places][:, None]
+
+
 # cell 3e134d52
 BLOCKS = {"gemma": GemmaBlock, "gemma2": Gemma2Block}
 
@@ -135,9 +144,13 @@ class Decoder(nn.Module):
     """Token vectors in, vectors that predict the next token out.
 
     embed(ids)       int64[B, T] -> float[B, T, width], times √width
-    forward(x, …)    float[B, T, width] -> the same, final norm included
+    forward(x, …)    float[B, T, width] -> the same, final norm
+                     included; with `last`, float[B, 1, width]
     logits(x)        float[..., width] -> float[..., vocab_size], by the
                      same matrix that embeds ("tied head")
+    trace            receives decoder.embedded, all that layer i records
+                     as decoder.{i}, and decoder.output, behind the norm
+    raises           ValueError for an architecture not in BLOCKS
     """
 
     def __init__(self, config: DecoderConfig) -> None:
@@ -165,9 +178,10 @@ class Decoder(nn.Module):
 
     def forward(
         self, x: Tensor, positions: Tensor, mask=None, cache=None,
-        trace: Trace = None,
+        trace: Trace = None, last: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """positions int[B, T]; mask bool[B, 1, T, S] or one a layer."""
+        """positions int[B, T]; mask bool[B, 1, T, S] or one a layer;
+        last int64[B]: this place of each row alone comes out."""
         base = self.config.rope_base
         angles = rope_angles(positions, self.config.head_dim, base)
         table = rope_table(angles)  # once for all layers
@@ -181,7 +195,7 @@ class Decoder(nn.Module):
         x = self.norm(x)
         if trace is not None:
             trace["decoder.output"] = x
-        return x
+        return x if last is None else at_places(x, last)
 
     def logits(self, x: Tensor) -> Tensor:
         scores = F.linear(x, self.embedding)

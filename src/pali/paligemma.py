@@ -93,14 +93,11 @@ def published_config(
 
 
 # cell 62c7b342
-def last_valid(x: Tensor, valid: Tensor) -> Tensor:
-    """The vector of each row's last valid token: [B, T, width] -> [B,
-    1, width]."""
-    T = valid.shape[1]
-    if T == 1:
-        return x
-    last = (torch.arange(T, device=x.device) * valid).argmax(dim=1)
-    return x[torch.arange(x.shape[0], device=x.device), last][:, None]
+def last_valid(valid: Tensor) -> Tensor:
+    """The place of each row's last valid token: bool[B, T] ->
+    int64[B]."""
+    places = torch.arange(valid.shape[1], device=valid.device)
+    return (places * valid).argmax(dim=1)
 
 
 # cell c3d9171e
@@ -358,6 +355,6 @@ class PaliGemma(nn.Module):
             if cache is not None:
                 cache.length = past  # the tokens were refused
             raise
-        x = self.decoder(x, positions, masks, cache, trace)
-        x = last_valid(x, valid) if last_only else x
+        last = last_valid(valid) if last_only else None
+        x = self.decoder(x, positions, masks, cache, trace, last)
         return self.decoder.logits(x)

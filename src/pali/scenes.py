@@ -22,6 +22,7 @@ from pali.tokens import Box, location_tokens
 
 __all__ = [
     "COUNTS",
+    "CROWDED_FULL_WORLD",
     "CROWDED_WORLD",
     "Composer",
     "DIGITS",
@@ -1116,6 +1117,8 @@ FULL_WORLD = World(
         ("ocr", 5),
     ),
 )
+# for practice alone, as in the first world
+CROWDED_FULL_WORLD = replace(FULL_WORLD, things=(2, 5), fewest=2)
 
 
 # cell 9ec8efc0

@@ -20,11 +20,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pali.attention import merge_heads, split_heads
 from pali.cache import Cache
-from pali.decoder import Decoder, DecoderConfig, soft_cap
+from pali.decoder import (
+    Decoder,
+    DecoderConfig,
+    Gemma2Block,
+    GemmaBlock,
+    at_places,
+    soft_cap,
+)
+from pali.gqa import attend_grouped
 from pali.masks import window_mask
 from pali.paligemma import PaliGemma, PaliGemmaConfig
-from pali.rope import rope_angles, rope_table
+from pali.rope import rope_angles, rope_table, rotate_pairs
 from pali.tokens import Batch
 from pali.vision import VisionConfig
 
@@ -33,7 +42,11 @@ __all__ = [
     "FastLinear",
     "FixedCache",
     "GraphedStep",
+    "Joined",
+    "LastRows",
     "PRECISIONS",
+    "SMALL",
+    "Share",
     "UNITS",
     "Way",
     "WrittenOut",
@@ -52,6 +65,8 @@ __all__ = [
     "fastest",
     "fixed_step",
     "graphed_steps",
+    "join",
+    "largest",
     "machine",
     "matmul_peak",
     "packed",
@@ -64,6 +79,7 @@ __all__ = [
     "ready",
     "roofline",
     "sharing_copy",
+    "siblings",
     "step_bytes",
     "time_ways",
     "vision_flops",
@@ -362,6 +378,14 @@ def dequantised(x: Tensor, held: tuple, bias: Tensor | None = None):
     return (y if bias is None else y + bias).to(x.dtype)
 
 
+# cell 9ee0ecda
+def largest(x: Tensor) -> Tensor:
+    """The size of the largest number of each row: float[..., D] ->
+    float32[..., 1], above 0."""
+    low, high = x.aminmax(dim=-1, keepdim=True)
+    return torch.maximum(-low, high).float().clamp(min=1e-30)
+
+
 # cell 6c9eb4e5
 def by_integers(x: Tensor, held: tuple, bias: Tensor | None = None):
     """int8 times int8, summed in int32: each row of x gets a scale too.
@@ -369,8 +393,8 @@ def by_integers(x: Tensor, held: tuple, bias: Tensor | None = None):
     held    from `quantize`
     """
     q, scale = held
-    rows = x.reshape(-1, x.shape[-1]).float()
-    top = rows.abs().amax(dim=1, keepdim=True).clamp(min=1e-30) / 127
+    rows = x.reshape(-1, x.shape[-1])
+    top = largest(rows) / 127
     y = torch._int_mm((rows / top).round().to(torch.int8), q.t())
     y = (y * scale * top).view(*x.shape[:-1], -1)
     return (y if bias is None else y + bias).to(x.dtype)
@@ -397,10 +421,9 @@ def by_packed_int8(x: Tensor, held, bias: Tensor | None = None):
     note    the kernel has one scale for all of x: several rows are
             brought to one size before and taken back after
     """
-    wide, top = x.float(), None
-    if x.numel() > x.shape[-1]:
-        top = wide.abs().amax(dim=-1, keepdim=True).clamp(min=1e-30)
-        wide = wide / top
+    several = x.numel() > x.shape[-1]
+    top = largest(x) if several else None
+    wide = x / top if several else x.float()  # float32 in one go
     y = torch.ops.quantized.linear_dynamic(wide, held)
     y = y if top is None else y.mul_(top)
     return (y if bias is None else y + bias).to(x.dtype)
@@ -584,9 +607,111 @@ class FastLinear(nn.Module):
         return product(x, held, self.bias)
 
 
+# cell 50006e83
+class Joined(nn.Module):
+    """Layers that read the same x, multiplied as one.
+
+    product    float[..., in] -> float[..., sum of sizes]
+    sizes      rows of each layer
+    note       the layer that is asked first computes for all; the
+               others take their share. One thread at a time
+    """
+
+    def __init__(self, product: nn.Module, sizes: list[int]) -> None:
+        super().__init__()
+        self.product, self.sizes = product, sizes
+        self.x, self.shares = None, {}
+
+    def forward(self, x: Tensor, i: int) -> Tensor:
+        if x is not self.x or i not in self.shares:
+            y = self.product(x).split(self.sizes, dim=-1)
+            self.x, self.shares = x, dict(enumerate(y))
+        y = self.shares.pop(i)
+        if not self.shares:
+            self.x = None  # hold nothing longer than needed
+        return y
+
+
+# cell 21fd350d
+class Share(nn.Module):
+    """One of the layers in a `Joined`, the one with number i."""
+
+    def __init__(self, joined: Joined, i: int) -> None:
+        super().__init__()
+        self.joined, self.i = joined, i
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.joined(x, self.i)
+
+
+# cell fa677093
+def siblings(model: PaliGemma) -> Iterator[tuple[nn.Module, tuple]]:
+    """Modules, each with the names of its layers that read the same
+    x.
+
+    note    in the last block the queries come from one place alone,
+            see `LastRows`, so they stay apart there
+    """
+    last = model.decoder.blocks[-1]
+    for block in (*model.vision.blocks, *model.decoder.blocks):
+        names = (
+            ("key", "value")
+            if block is last
+            else ("query", "key", "value")
+        )
+        yield block.attention, names
+    for block in model.decoder.blocks:
+        yield block.mlp, ("gate", "up")
+
+
+# cell e3e02a56
+class LastRows(nn.Module):
+    """The last block, at one place of each row if no more is wanted.
+
+    block    a `GemmaBlock` or `Gemma2Block`
+    last     int64[B], set before each call; None: at all places
+    """
+
+    def __init__(self, block: GemmaBlock) -> None:
+        super().__init__()
+        self.block, self.last = block, None
+
+    def forward(
+        self, x, table, mask=None, cache=None, trace=None, name=""
+    ) -> Tensor:  # fmt: skip
+        b, last = self.block, self.last
+        if last is None:
+            return b(x, table, mask, cache, trace, name)
+        y = self.attend(x, table, mask, cache)
+        x, twice = at_places(x, last), isinstance(b, Gemma2Block)
+        x = x + (b.attention_out_norm(y) if twice else y)
+        y = b.mlp(b.mlp_norm(x))
+        return x + (b.mlp_out_norm(y) if twice else y)
+
+    def attend(self, x, table, mask, cache) -> Tensor:
+        """Keys and values of all places, the query of one."""
+        a = self.block.attention
+        a, last = getattr(a, "inner", a), self.last
+        h = self.block.attention_norm(x)
+        k = rotate_pairs(split_heads(a.key(h), a.num_kv_heads), table)
+        v = split_heads(a.value(h), a.num_kv_heads)
+        if cache is not None:
+            k, v = cache(k, v)
+        here = [at_places(t[:, 0], last)[:, None] for t in table]
+        q = split_heads(a.query(at_places(h, last)), a.num_heads)
+        if mask is not None:
+            mask = at_places(mask[:, 0], last)[:, None]
+        y = attend_grouped(
+            rotate_pairs(q, here), k, v, mask,
+            scale=a.scale, softcap=a.softcap,
+        )  # fmt: skip
+        return a.output(merge_heads(y))
+
+
 # cell 0b1b48dd
 class FastDecoder(Decoder):
-    """A decoder whose head has a way of its own.
+    """A decoder whose head has a way of its own, and whose last block
+    does not compute what nobody asks for.
 
     decoder    gives its parts;  head  float[..., width] -> logits
     """
@@ -595,7 +720,16 @@ class FastDecoder(Decoder):
         nn.Module.__init__(self)  # the parts are there already
         self.config, self.embedding = decoder.config, decoder.embedding
         self.blocks, self.norm = decoder.blocks, decoder.norm
+        self.blocks[-1] = LastRows(self.blocks[-1])
         self.head = head
+
+    def forward(
+        self, x, positions, mask=None, cache=None, trace=None, last=None
+    ) -> Tensor:  # fmt: skip
+        one = last is not None and trace is None
+        self.blocks[-1].last = last if one else None
+        rest = None if one else last
+        return super().forward(x, positions, mask, cache, trace, rest)
 
     def logits(self, x: Tensor) -> Tensor:
         return soft_cap(self.head(x), self.config.logit_cap)
@@ -714,6 +848,25 @@ def check_prepare(model, precision, rows, rounds) -> None:
         )
 
 
+# cell 25e91e79
+SMALL = 2**26  # bytes: weights that may be copied without asking
+
+
+# cell b136f7f9
+def join(part: nn.Module, names: tuple, fitted: Callable) -> None:
+    """Replace layers of a module by their shares of one product.
+
+    fitted    called with the rows of all, and their biases or None
+    """
+    layers = [getattr(part, name) for name in names]
+    weight = torch.cat([layer.weight for layer in layers])
+    biases = [x.bias for x in layers if x.bias is not None]
+    product = fitted(weight, torch.cat(biases) if biases else None)
+    joined = Joined(product, [len(x.weight) for x in layers])
+    for i, name in enumerate(names):
+        setattr(part, name, Share(joined, i))
+
+
 # cell 8dc9cb04
 @torch.no_grad()
 def prepare(
@@ -739,6 +892,7 @@ def prepare(
                  not here, or wrong), chosen
     returns      a PaliGemma for inference alone; `model` stays as it is
                  and shares the weights that did not have to change
+    note         one thread at a time may use it, see `Joined`
     raises       TypeError, ValueError with one sentence
     """
     check_prepare(model, precision, rows, rounds)
@@ -754,12 +908,15 @@ def prepare(
             )
         return FastLinear(weight, bias, known[weight.shape])
 
+    if precision == "int8" or others < SMALL:
+        for part, names in siblings(fast):
+            join(part, names, fitted)
     for name, layer in list(fast.named_modules()):
         if isinstance(layer, nn.Linear):
             fast.set_submodule(name, fitted(layer.weight, layer.bias))
+    choose_attention(fast, max(rows), rounds, report)
     head = fitted(fast.decoder.embedding)
     fast.decoder = FastDecoder(fast.decoder, head)
-    choose_attention(fast, max(rows), rounds, report)
     return fast.eval()
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import sentencepiece
 import torch
 from safetensors import safe_open
@@ -25,6 +26,7 @@ from pali import scenes
 from pali.decoder import DecoderConfig
 from pali.generation import generate
 from pali.masks import prefix_lm_mask
+from pali.outlines import crop_mask, shipped_codec
 from pali.paligemma import PaliGemma, PaliGemmaConfig
 from pali.patches import preprocess
 from pali.tokens import (
@@ -48,7 +50,7 @@ __all__ = [
     "FIRST_TRAINING_SEED",
     "Lessons",
     "Settings",
-    "VOCABULARY",
+    "WORLDS",
     "attend_by_products",
     "check_settings",
     "cut_log",
@@ -58,6 +60,7 @@ __all__ = [
     "mini_config",
     "one_step",
     "optimisers",
+    "outline_codes",
     "overlap",
     "pack",
     "packed_mask",
@@ -77,9 +80,14 @@ __all__ = [
 ]
 
 
-# cell 25691bf4
+# cell 9375a5ed
 FIRST_TRAINING_SEED = scenes.TRAINING_SEEDS.start  # below: tests
-VOCABULARY = 1792  # pieces in the tokenizer of the little world
+# the world that is taught, its crowded variant for practice, and the
+# pieces in the tokenizer of its texts
+WORLDS = {
+    "first": (scenes.FIRST_WORLD, scenes.CROWDED_WORLD, 1792),
+    "full": (scenes.FULL_WORLD, scenes.CROWDED_FULL_WORLD, 2816),
+}
 
 
 # cell fef56688
@@ -106,8 +114,10 @@ class Settings:
     eval_scenes      unseen scenes it is asked about; 0: none
     start            a model folder whose weights to go on from, or
                      "mini"; empty: fresh weights
-    crowded          share of the pictures that come from
-                     `scenes.CROWDED_WORLD`, where the hard cases are
+    crowded          share of the pictures that come from the crowded
+                     variant of the world, where the hard cases are
+    world            "first", or "full", which has all tasks and needs
+                     the shipped mask codec
     """
 
     seed: int = 1
@@ -126,6 +136,7 @@ class Settings:
     eval_scenes: int = 24
     start: str = ""
     crowded: float = 0.0
+    world: str = "first"
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -143,6 +154,10 @@ class Settings:
             value = getattr(self, name)
             if not 0 <= value <= 1:
                 raise ValueError(f"{name} is from 0 to 1, not {value}")
+        if self.world not in WORLDS:
+            raise ValueError(
+                f"world is first or full, not {self.world}"
+            )
         if self.precision not in ("float32", "bfloat16"):
             raise ValueError(
                 "precision is float32 or bfloat16, not "
@@ -385,6 +400,14 @@ class ByProducts(TorchFunctionMode):
         return torch.cat(y, dim=3).flatten(2, 3)
 
 
+# cell 8de8f7e4
+def outline_codes(mask: np.ndarray, box: Box) -> list[int]:
+    """The codes that the shipped codec gives the outline in a box."""
+    return (
+        shipped_codec().encode(crop_mask(mask, box)[None])[0].tolist()
+    )
+
+
 # cell 85447480
 class Lessons(torch.utils.data.Dataset):
     """What is shown at each step: a function of the settings and the
@@ -409,19 +432,20 @@ class Lessons(torch.utils.data.Dataset):
         start = (
             FIRST_TRAINING_SEED + s.seed * 2**32 + step * s.batch_size
         )
+        world, crowded, _ = WORLDS[s.world]
         hard = round(s.crowded * s.batch_size)
-        worlds = [scenes.CROWDED_WORLD] * hard
-        worlds += [scenes.FIRST_WORLD] * (s.batch_size - hard)
+        worlds = [crowded] * hard + [world] * (s.batch_size - hard)
         drawn = [
-            scenes.scene(start + i, world=world)
-            for i, world in enumerate(worlds)
+            scenes.scene(start + i, world=each)
+            for i, each in enumerate(worlds)
         ]
         rows = [
             scenes.examples(
-                scene, scenes.question_stream(scene), s.questions
+                scene, scenes.question_stream(scene), s.questions, world,
+                encode=outline_codes if s.world == "full" else None,
             )
             for scene in drawn
-        ]
+        ]  # fmt: skip
         images = [scene.image for scene in drawn]
         if packed:
             return pack(self.processor, images, rows)
@@ -614,22 +638,25 @@ def true_boxes(scene: scenes.Scene, kinds: Iterable[str]) -> list[Box]:
 
 # cell 23e07e57
 def quick_check(
-    model: PaliGemma, processor: Processor, seeds: Iterable[int]
+    model: PaliGemma,
+    processor: Processor,
+    seeds: Iterable[int],
+    world: scenes.World = scenes.FIRST_WORLD,
 ) -> dict[str, float]:
     """Captions and counts exactly right, and boxes found, on unseen
-    scenes.
+    scenes of a world.
 
     returns   shares from 0 to 1: caption, count, and detect, the F1 of
               boxes at IoU 0.5; nothing if no scene is asked about
     """
-    drawn = [scenes.scene(seed) for seed in seeds]
+    drawn = [scenes.scene(seed, world=world) for seed in seeds]
     if not drawn:
         return {}
     images = [scene.image for scene in drawn]
     shares = {}
     for task in ("caption", "count", "detect"):
         asked = [
-            scenes.question(s, scenes.question_stream(s), task)
+            scenes.question(s, scenes.question_stream(s), task, world)
             for s in drawn
         ]
         prompts, truth = map(list, zip(*asked, strict=True))
@@ -660,7 +687,8 @@ def start_model(
         return load(settings.start)
     path = out / "tokenizer.model"
     if not path.is_file():
-        train_tokenizer(scenes.all_texts(), path, vocab_size=VOCABULARY)
+        world, _, vocabulary = WORLDS[settings.world]
+        train_tokenizer(scenes.all_texts(world), path, vocabulary)
     tokenizer = Tokenizer(path)
     config = mini_config(tokenizer)
     torch.manual_seed(settings.seed)
@@ -783,7 +811,8 @@ def train(
             or step == settings.steps
         ):
             seeds = range(settings.eval_scenes)
-            scores = quick_check(model, processor, seeds)
+            world = WORLDS[settings.world][0]
+            scores = quick_check(model, processor, seeds, world)
             save_checkpoint(path, model, optimizers, step)
             tqdm.write(
                 f"step {step}: loss {line['loss']:.3f}, {scores}"
