@@ -21,6 +21,7 @@ from pali.train import (
     Lessons,
     Settings,
     attend_by_products,
+    carry_over,
     lesson_loss,
     mini_config,
     one_step,
@@ -385,3 +386,60 @@ def test_all_parameters_are_trained_once(start):
     groups = [g for o in optimisers(model, TINY) for g in o.param_groups]
     trained = [id(p) for group in groups for p in group["params"]]
     assert sorted(trained) == sorted(id(p) for p in model.parameters())
+
+
+@pytest.fixture(scope="module")
+def larger(tmp_path_factory):
+    """The shipped model carried over to the larger world's vocabulary."""
+    settings = Settings(world="full", start="mini")
+    return start_model(tmp_path_factory.mktemp("larger"), settings)
+
+
+def test_a_carried_over_model_says_what_it_said(larger):
+    old = pali.load("mini")
+    images = [scenes.scene(seed).image for seed in range(4)]
+    prompts = ["caption en", "detect cat", "caption en", "detect car"]
+    want = pali.generate(*old, images, prompts, max_new_tokens=40)
+    assert pali.generate(*larger, images, prompts, max_new_tokens=40) == want
+    assert any(want) and larger[1].tokenizer.size > old[1].tokenizer.size
+
+
+def test_a_new_piece_starts_as_the_mean_of_its_old_parts(larger):
+    model, new = larger[0], larger[1].tokenizer
+    old_model, old = pali.load("mini")
+    known = {old.tokenizer.piece(i) for i in range(old.tokenizer.size)}
+    fresh = [i for i in range(new.size) if new.piece(i) not in known]
+    assert len(fresh) > 500
+    for i in fresh[::100]:
+        ids = old.tokenizer.encode(new.decode([i]))
+        want = torch.stack([old_model.decoder.embedding[j] for j in ids]).mean(dim=0)
+        # a sum of a few numbers of size 0.1, in another order
+        torch.testing.assert_close(
+            model.decoder.embedding[i], want, rtol=1e-5, atol=1e-6
+        )
+    assert torch.isfinite(model.decoder.embedding).all()
+
+
+def test_other_layers_cannot_be_carried_over(larger):
+    old = pali.load("mini")
+    old[0].decoder.blocks[0].mlp.gate = torch.nn.Linear(128, 64, bias=False)
+    with pytest.raises(ValueError, match="layers of other shapes"):
+        carry_over(*old, larger[0], larger[1].tokenizer)
+
+
+def test_the_larger_world_is_taught_with_outlines(larger):
+    settings = Settings(world="full", batch_size=8, crowded=0.5, questions=6)
+    lessons = Lessons(settings, larger[1])
+    batch, _, _ = lessons[0]
+    taught = batch.labels[batch.labels != IGNORE]
+    text = larger[1].tokenizer.decode(taught)
+    assert text.count("<seg") >= 16 and text.count("<seg") % 16 == 0
+    prompts = larger[1].tokenizer.decode(batch.ids[batch.labels == IGNORE])
+    assert "caption zh" in prompts or "caption de" in prompts
+    again = Lessons(settings, larger[1])[0][0]
+    assert torch.equal(again.ids, batch.ids)
+
+
+def test_a_world_has_a_name():
+    with pytest.raises(ValueError, match="world is first or full, not third"):
+        Settings(world="third")

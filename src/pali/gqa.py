@@ -14,8 +14,7 @@ __all__ = ["GroupedQueryAttention", "attend_grouped", "repeat_heads"]
 
 # cell f75e9d35
 def repeat_heads(x: Tensor, groups: int) -> Tensor:
-    """float[B, Hkv, S, Dh] -> float[B, Hkv * groups, S, Dh], head by
-    head.
+    """float[B, K, S, Dh] -> float[B, K * groups, S, Dh], head by head.
 
     Each key/value head stands `groups` times in a row, so query head i
     meets key/value head i // groups. Plain, and needs memory:
@@ -38,22 +37,22 @@ def attend_grouped(
 ) -> Tensor:
     """Attention in which groups of query heads share a key/value head.
 
-    q         float[B, Hq, T, Dh];  k, v  float[B, Hkv, S, Dh]
+    q         float[B, H, T, Dh];  k, v  float[B, K, S, Dh]
     mask      bool[B, 1, T, S], True where a query may look
-    trace     receives f"{name}.attention", float[B, Hq, T, S]
-    returns   float[B, Hq, T, Dh]
+    trace     receives f"{name}.attention", float[B, H, T, S]
+    returns   float[B, H, T, Dh]
     note      the queries of a group are stacked as rows of one product,
               so keys and values are neither repeated nor copied; with a
               trace they are repeated, so that each head's weights can
               be seen
-    source    Ainslie et al. 2023; with Hkv = 1, Shazeer 2019
+    source    Ainslie et al. 2023; with K = 1, Shazeer 2019
     """
     groups, T = q.shape[1] // k.shape[1], q.shape[2]
     options = {"scale": scale, "softcap": softcap}
     if trace is not None:  # weights of each head, in the graph: plainly
         k, v = repeat_heads(k, groups), repeat_heads(v, groups)
         return attend(q, k, v, mask, **options, trace=trace, name=name)
-    # [B, Hkv, G * T, Dh]
+    # [B, K, G * T, Dh]
     q = q.unflatten(1, (-1, groups)).flatten(2, 3)
     # a single row fits every group as it is
     if mask is not None and T > 1:
@@ -74,6 +73,7 @@ class GroupedQueryAttention(nn.Module):
     cache     if given, called with the new keys and values, returns all
               of them
     returns   float[B, T, width]
+    raises    ValueError if num_kv_heads does not divide num_heads
     """
 
     def __init__(

@@ -83,8 +83,11 @@ def from_array(array: np.ndarray) -> Image.Image:
 def read_picture(
     source: str | Path | bytes | Image.Image,
 ) -> Image.Image:
-    """Decode a file, of an animation its first frame, or take an
-    image."""
+    """A file (of a film the first frame) or an image, upright and RGB.
+
+    raises    ValueError for an image of 0 pixels; for a damaged file
+              whatever Pillow raises
+    """
     if isinstance(source, Image.Image):
         if 0 in source.size:
             raise ValueError("it has no pixel")

@@ -160,7 +160,7 @@ class Batch:
 # cell 50d85f27
 def pad_rows(rows: list[list], fill, padding: str) -> Tensor:
     """Lists of unequal length as one tensor, filled up on the given
-    side."""
+    side, "left" or "right"; ValueError for any other."""
     if padding not in ("left", "right"):
         raise ValueError(
             f'padding is "left" or "right", not {padding!r}'

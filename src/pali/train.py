@@ -52,6 +52,7 @@ __all__ = [
     "Settings",
     "WORLDS",
     "attend_by_products",
+    "carry_over",
     "check_settings",
     "cut_log",
     "lesson_loss",
@@ -678,13 +679,46 @@ def quick_check(
     return shares | {"detect": round(2 * hits / max(boxes, 1), 4)}
 
 
+# cell e5546cbf
+@torch.no_grad()
+def carry_over(
+    old: PaliGemma,
+    old_processor: Processor,
+    model: PaliGemma,
+    tokenizer: Tokenizer,
+) -> None:
+    """Go on from another model's weights with another vocabulary.
+
+    model        changed in place: all layers from `old`, and the row of
+                 each piece, or the mean of the rows of its parts
+    tokenizer    of `model`
+    raises       ValueError if the layers have other shapes
+    """
+    before, rows = old_processor.tokenizer, model.decoder.embedding
+    weights = old.state_dict()
+    table = weights.pop("decoder.embedding").float()
+    try:
+        model.load_state_dict(weights, strict=False)
+    except RuntimeError as error:
+        raise ValueError(
+            "the model to start from has layers of other shapes"
+        ) from error
+    for i in range(tokenizer.size):
+        piece = tokenizer.pieces.id_to_piece(i)
+        parts = [before.pieces.piece_to_id(piece)]
+        if parts == [before.pieces.unk_id()]:
+            parts = before.encode(tokenizer.decode([i])) or parts
+        rows[i] = table[parts].mean(dim=0)
+
+
 # cell b7594162
 def start_model(
     out: Path, settings: Settings
 ) -> tuple[PaliGemma, Processor]:
     """A model with fresh or given weights, and its world's tokenizer."""
-    if settings.start:
-        return load(settings.start)
+    given = load(settings.start) if settings.start else None
+    if given and settings.world == "first":
+        return given
     path = out / "tokenizer.model"
     if not path.is_file():
         world, _, vocabulary = WORLDS[settings.world]
@@ -701,6 +735,8 @@ def start_model(
         vision.num_patches,
         config.image_id,
     )
+    if given:
+        carry_over(*given, model, tokenizer)
     return model, processor
 
 

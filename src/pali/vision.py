@@ -80,7 +80,8 @@ class VisionBlock(nn.Module):
     result.
 
     x         float[B, N, width] -> float[B, N, width]
-    trace     receives f"{name}.attention" and f"{name}.residual"
+    trace     receives f"{name}.attention", and as f"{name}.residual"
+              what is returned
     """
 
     def __init__(self, config: VisionConfig) -> None:
@@ -109,6 +110,7 @@ class VisionTower(nn.Module):
 
     pixels    float[B, C, S, S], S = config.image_size
     returns   float[B, N, width]
+    raises    ValueError for pixels of another size
     trace     receives vision.embedded, vision.{layer}.attention,
               vision.{layer}.residual and vision.output
     source    Zhai et al. 2023; the shape: Alabdulmohsin et al. 2023
