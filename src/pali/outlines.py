@@ -6,7 +6,7 @@ Each block names the cell it comes from.
 
 import logging
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pali import scenes
 from pali.tokens import Box, read_objects
 from pali.weights import write_files
 
@@ -27,12 +28,14 @@ __all__ = [
     "Residual",
     "SIDE",
     "codec_loss",
+    "collect_masks",
     "crop_mask",
     "encoder_like",
     "load_mask_codec",
     "log",
     "mask_decoder",
     "mask_encoder",
+    "mask_iou",
     "mask_tokens",
     "paste_mask",
     "pixel_box",
@@ -42,6 +45,8 @@ __all__ = [
     "save_mask_codec",
     "shipped_codec",
     "sizes_of",
+    "there_and_back",
+    "train_codec",
 ]
 
 
@@ -102,6 +107,34 @@ def paste_mask(
     return mask
 
 
+# cell cba5d0ce
+def mask_iou(a: Tensor | np.ndarray, b: Tensor | np.ndarray) -> Tensor:
+    """Pixels in both masks over pixels in either: 0 to 1.
+
+    a, b       bool[..., H, W], broadcast
+    returns    float32[...]; 1 where both masks are empty
+    """
+    a, b = torch.as_tensor(a), torch.as_tensor(b)
+    both, either = (a & b).sum((-2, -1)), (a | b).sum((-2, -1))
+    return torch.where(either > 0, both / either.clamp(min=1), 1.0)
+
+
+# cell 2e7282ff
+def collect_masks(
+    seeds: Iterable[int], world: scenes.World = scenes.FULL_WORLD
+) -> Tensor:
+    """Crops of every thing in the scenes: float32[N, 1, 64, 64].
+
+    note    a mask is what is seen: what lies in front is cut out of it
+    """
+    crops = []
+    for seed in seeds:
+        drawn = scenes.scene(seed, world=world)
+        for mask, xyxy in zip(drawn.masks, drawn.boxes, strict=True):
+            crops.append(crop_mask(mask, Box("", xyxy)))
+    return torch.stack(crops)
+
+
 # cell 1b75a409
 class Residual(nn.Module):
     """x plus three convolutions of x; the shape stays the same."""
@@ -151,14 +184,19 @@ def mask_encoder(
     for before, after in zip((1, *sizes), sizes, strict=False):
         layers += [Halve(before, after, kernel), nn.ReLU()]
     last = nn.Conv2d(width, code_width, last_kernel, padding="same")
-    return nn.Sequential(*layers, Residual(width), Residual(width), last)
+    return nn.Sequential(
+        *layers, Residual(width), Residual(width), last
+    )
 
 
 # cell 96b4988a
 def mask_decoder(width: int, code_width: int) -> nn.Sequential:
     """float[B, code_width, 4, 4] -> float[B, 1, 64, 64], about -1 to 1."""
     sizes = (width, width, width // 2, width // 4, width // 8)
-    layers: list[nn.Module] = [nn.Conv2d(code_width, width, 1), nn.ReLU()]
+    layers: list[nn.Module] = [
+        nn.Conv2d(code_width, width, 1),
+        nn.ReLU(),
+    ]
     layers += [Residual(width), Residual(width)]
     for before, after in zip(sizes, sizes[1:], strict=False):
         up = nn.ConvTranspose2d(before, after, 4, stride=2, padding=1)
@@ -182,14 +220,20 @@ class MaskCodec(nn.Module):
     ) -> None:
         super().__init__()
         if width % 8 or width < 8:
-            raise ValueError(f"width must be a multiple of 8, not {width}")
+            raise ValueError(
+                f"width must be a multiple of 8, not {width}"
+            )
         self.codebook = nn.Parameter(torch.randn(codes, code_width))
-        self.encoder = mask_encoder(width, code_width) if encoder else None
+        self.encoder = (
+            mask_encoder(width, code_width) if encoder else None
+        )
         self.decoder = mask_decoder(width, code_width)
 
     def nearest(self, x: Tensor) -> Tensor:
         """The codes closest to float[B, code_width, 4, 4]: int64[B, 16]."""
-        x = x.flatten(2).transpose(1, 2)  # [B, 16, code_width], row by row
+        x = x.flatten(2).transpose(
+            1, 2
+        )  # [B, 16, code_width], row by row
         distance = (
             x.square().sum(-1, keepdim=True)
             - 2 * x @ self.codebook.T
@@ -259,6 +303,73 @@ def revive_codes(
     return len(dead)
 
 
+# cell 8f91ae9e
+def train_codec(
+    masks: Tensor,
+    *,
+    steps: int = 3200,
+    batch_size: int = 32,
+    rate: float = 2e-3,
+    width: int = 64,
+    code_width: int = 64,
+    revive: bool = True,
+    seed: int = 1,
+    watch: Callable[[int, float, MaskCodec], None] | None = None,
+) -> MaskCodec:
+    """A codec of 128 codes, learned from masks; the same from a seed.
+
+    masks      float[N, 1, 64, 64], 0 to 1; half precision will do
+    rate       of Adam: up for a tenth of the steps, then down to 0
+    revive     move dead codes, every 25 steps of the first three
+               quarters; later ones would have no time to settle
+    watch      called after each step: number, loss, codec so far
+    note       defaults make the shipped codec (`tools/make_codec.py`)
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # layers draw their weights from it
+        codec = MaskCodec(code_width=code_width, width=width)
+    optimiser = torch.optim.Adam(codec.parameters(), lr=rate)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimiser, rate, total_steps=steps, pct_start=0.1
+    )
+
+    def draw(n: int) -> Tensor:
+        pick = torch.randint(len(masks), (n,), generator=generator)
+        return masks[pick].float()
+
+    for step in range(steps):
+        batch = draw(batch_size)
+        if revive and step % 25 == 0 and step < 0.75 * steps:
+            revive_codes(codec, draw(256), generator)
+        loss = codec_loss(codec, batch)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+        if watch:
+            watch(step + 1, loss.item(), codec)
+    return codec.eval()
+
+
+# cell 094b4290
+@torch.no_grad()
+def there_and_back(
+    codec: MaskCodec, masks: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Code masks, decode them, and measure what is left.
+
+    masks      float[B, 1, 64, 64], 0 to 1; half precision will do
+    returns    codes int64[B, 16], IoU float32[B]
+    """
+    codes, shares = [], []
+    for part in masks.split(256):  # the maps of more would fill memory
+        codes.append(codec.encode(part.float()))
+        back = codec.decode(codes[-1]) > 0
+        shares.append(mask_iou(back, part[:, 0] > 0.5))
+    return torch.cat(codes), torch.cat(shares)
+
+
 # cell 72dbb83e
 def mask_tokens(codes) -> str:
     """Sixteen codes as text: "<seg000><seg127>…"."""
@@ -268,7 +379,9 @@ def mask_tokens(codes) -> str:
 # cell 051eb36d
 @torch.no_grad()
 def read_masks(
-    text: str, image_size: tuple[int, int], codec: MaskCodec | None = None
+    text: str,
+    image_size: tuple[int, int],
+    codec: MaskCodec | None = None,
 ) -> list[tuple[Box, np.ndarray]]:
     """The outlined things in an answer: boxes with whole-picture masks.
 
@@ -288,14 +401,18 @@ def read_masks(
     codec = codec or shipped_codec()
     known = [f for f in found if max(f[1]) < len(codec.codebook)]
     if len(known) < len(found):
-        log.warning("skipped an outline: its codes are not in the codec")
+        log.warning(
+            "skipped an outline: its codes are not in the codec"
+        )
     if not known:
         return []
     device = codec.codebook.device
     codes = torch.tensor([codes for _, codes in known], device=device)
     return [
         (box, paste_mask(part, box, image_size))
-        for (box, _), part in zip(known, codec.decode(codes), strict=True)
+        for (box, _), part in zip(
+            known, codec.decode(codes), strict=True
+        )
     ]
 
 
@@ -316,7 +433,7 @@ def read_arrays(path: str | Path) -> dict[str, Tensor]:
             for key in archive.files:
                 array = np.array(archive[key], np.float32)
                 arrays[key] = torch.from_numpy(array)
-        except Exception as error:  # zip, zlib, numpy: each its own kind
+        except Exception as error:  # each library raises its own
             raise ValueError(
                 f"{path} is damaged: {key} cannot be read ({error})"
             ) from error
@@ -387,7 +504,9 @@ def load_mask_codec(path: str | Path) -> MaskCodec:
         state[name] = arrays.pop(key)
     for key in arrays:
         if key.startswith(("encoder.", "decoder.")):
-            raise ValueError(f"{path}: {key} has no place in a mask codec")
+            raise ValueError(
+                f"{path}: {key} has no place in a mask codec"
+            )
     codec.load_state_dict(state)
     return codec.eval()
 
@@ -396,7 +515,9 @@ def load_mask_codec(path: str | Path) -> MaskCodec:
 def save_mask_codec(codec: MaskCodec, path: str | Path) -> None:
     """Write a codec in the official layout, float16, whole or not at all."""
     arrays = {
-        CODEBOOK if name == "codebook" else name: value.half().cpu().numpy()
+        CODEBOOK if name == "codebook" else name: value.half()
+        .cpu()
+        .numpy()
         for name, value in codec.state_dict().items()
     }
 
@@ -410,14 +531,6 @@ def save_mask_codec(codec: MaskCodec, path: str | Path) -> None:
 # cell 1f90e69c
 @lru_cache(maxsize=1)
 def shipped_codec() -> MaskCodec:
-    """The codec of the shipped model.
-
-    raises    ValueError while the shipped model has none
-    """
-    path = Path(__file__).parent / "mini" / "mask_codec.npz"
-    if not path.is_file():
-        raise ValueError(
-            "the shipped model has no mask codec yet: "
-            "pass codec=load_mask_codec(…)"
-        )
-    return load_mask_codec(path)
+    """The codec of the shipped model: `mini/mask_codec.npz`."""
+    folder = Path(__file__).parent / "mini"
+    return load_mask_codec(folder / "mask_codec.npz")
