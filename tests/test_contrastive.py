@@ -1,16 +1,19 @@
 """CLIP and SigLIP losses against published models, slow loops and their laws."""
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn import functional as F
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pali.contrastive import (
     clip_loss,
+    cross_entropy,
     pair_logits,
     siglip_loss,
     siglip_loss_chunked,
@@ -123,6 +126,61 @@ def test_gradients_are_the_slopes():
     assert torch.autograd.gradcheck(lambda *x: siglip_loss_chunked(*x, chunk=3), inputs)
 
 
+# -- cross-entropy, from which both are made -----------------------------------
+
+
+@given(seed=st.integers(0, 2**16), C=st.integers(1, 9), spread=st.sampled_from((1, 40)))
+def test_cross_entropy_is_that_of_pytorch(seed, C, spread):
+    generator = torch.Generator().manual_seed(seed)
+    logits = spread * torch.randn(3, 4, C, generator=generator)
+    right = torch.randint(C, (3, 4), generator=generator)
+    want = F.cross_entropy(logits.flatten(0, 1), right.flatten(), reduction="none")
+    got = cross_entropy(logits, right)
+    # worst of 2,000 draws: 7.6e-6 (losses up to 238); another choice: 1.3 and more
+    torch.testing.assert_close(got, want.view(3, 4), rtol=0, atol=8e-5)
+
+
+def test_cross_entropy_of_shares_is_the_logarithm_of_the_share():
+    shares = [Fraction(1, 2), Fraction(1, 3), Fraction(1, 6)]
+    logits = torch.tensor([math.log(s) for s in shares], dtype=torch.float64)
+    for k, share in enumerate(shares):
+        got = cross_entropy(logits + 7.0, torch.tensor(k)).item()
+        assert got == pytest.approx(-math.log(share), abs=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_cross_entropy_far_out_is_the_distance(dtype):
+    logits = torch.tensor([[16_384.0, 0.0, -16_384.0]], dtype=dtype).expand(3, 3)
+    got = cross_entropy(logits, torch.arange(3))
+    assert got.dtype == torch.float32
+    assert got.tolist() == [0.0, 16_384.0, 32_768.0]
+
+
+def test_the_slope_of_cross_entropy_is_said_minus_should():
+    generator = torch.Generator().manual_seed(2)
+    logits = torch.randn(5, 4, generator=generator, dtype=torch.float64) * 3
+    logits[0, :2] = 9.0  # two highest ones
+    logits.requires_grad_()
+    right = torch.tensor([0, 1, 2, 3, 0])
+    (slope,) = torch.autograd.grad(cross_entropy(logits, right).sum(), logits)
+    want = logits.softmax(dim=-1) - F.one_hot(right, 4)
+    torch.testing.assert_close(slope, want, rtol=0, atol=1e-12)
+
+
+def test_an_impossible_choice_costs_nothing_unless_it_is_right():
+    logits = torch.tensor([[0.0, -math.inf], [0.0, -math.inf]])
+    assert cross_entropy(logits, torch.tensor([0, 1])).tolist() == [0.0, math.inf]
+
+
+@given(seed=st.integers(0, 2**16), B=st.integers(1, 8))
+def test_the_sigmoid_loss_is_a_cross_entropy_of_two_choices(seed, B):
+    inputs = leaves(B, seed=seed, dtype=torch.float64)
+    z = pair_logits(*inputs)
+    two = torch.stack((torch.zeros_like(z), z), dim=-1)  # "not a pair", "a pair"
+    want = cross_entropy(two, torch.eye(B).long()).sum() / B
+    torch.testing.assert_close(siglip_loss(*inputs), want, rtol=1e-12, atol=1e-12)
+
+
 # -- known values --------------------------------------------------------------
 
 
@@ -145,6 +203,29 @@ def test_siglip_starts_at_the_values_the_chapter_names():
     ]
     want = [32 * math.log(2), 4.4497, 10.0014]
     assert start == pytest.approx(want, abs=1e-3)
+
+
+def lowest(B, scale):
+    """The chapter's floor of the CLIP loss."""
+    return math.log1p((B - 1) * math.exp(-scale * B / (B - 1)))
+
+
+@pytest.mark.parametrize("scale", [0.5, 1.0, 10.0])
+@pytest.mark.parametrize("B", [2, 5, 24])
+def test_corners_of_a_simplex_reach_the_lowest_clip_loss(B, scale):
+    corners = torch.eye(B, dtype=torch.float64) - 1 / B
+    got = clip_loss(corners, corners, math.log(scale)).item()
+    assert got == pytest.approx(lowest(B, scale), abs=1e-6)  # 1e-8 on each length
+
+
+@given(seed=st.integers(0, 2**16), B=st.integers(2, 8), scale=st.floats(0.1, 30))
+def test_no_embeddings_come_below_the_lowest_clip_loss(seed, B, scale):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(B, B, generator=generator, dtype=torch.float64)
+    noise = torch.randn(B, B, generator=generator, dtype=torch.float64)
+    for y in (x, x + 0.1 * noise, noise, -x):
+        got = clip_loss(x - x.mean(0), y - y.mean(0), math.log(scale)).item()
+        assert got > lowest(B, scale) - 1e-6
 
 
 @given(B=st.integers(2, 60))

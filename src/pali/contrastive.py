@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 __all__ = [
     "check_pairs",
     "clip_loss",
+    "cross_entropy",
     "pair_logits",
     "siglip_loss",
     "siglip_loss_chunked",
@@ -47,6 +48,22 @@ def pair_logits(
     return torch.as_tensor(log_scale).exp() * cosines + bias
 
 
+# cell f332867d
+def cross_entropy(logits: Tensor, right: Tensor) -> Tensor:
+    """How surprised a softmax is by the right choice: -log p(right).
+
+    logits    float[..., C], one for each of C choices
+    right     int[...], the number of the right one
+    returns   float[...], nats, 0 or more; float32 for 16-bit logits
+    note      the highest logit is taken off first: nothing overflows,
+              and no probability is ever computed
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    below = logits - logits.detach().amax(dim=-1, keepdim=True)
+    own = below.gather(-1, right[..., None])[..., 0]
+    return below.exp().sum(dim=-1).log() - own
+
+
 # cell ef85df21
 def check_pairs(images: Tensor, texts: Tensor) -> None:
     """Row i of both must be a pair: equal shapes [B, D], at least one
@@ -74,8 +91,8 @@ def clip_loss(images: Tensor, texts: Tensor, log_scale) -> Tensor:
     check_pairs(images, texts)
     logits = pair_logits(images, texts, log_scale)
     own = torch.arange(len(logits), device=logits.device)
-    by_image = F.cross_entropy(logits, own)
-    by_text = F.cross_entropy(logits.T, own)
+    by_image = cross_entropy(logits, own).mean()
+    by_text = cross_entropy(logits.T, own).mean()
     return (by_image + by_text) / 2
 
 
@@ -83,7 +100,7 @@ def clip_loss(images: Tensor, texts: Tensor, log_scale) -> Tensor:
 def summed_loss(
     images: Tensor, texts: Tensor, log_scale, bias, first: int = 0
 ) -> Tensor:
-    """-log sigmoid of every pair, right ones and wrong ones, added up.
+    """Cross-entropy of "a pair or not" for every pair, added up.
 
     images    float[C, D]: rows first … first + C - 1 of the batch
     texts     float[B, D]: all of it
@@ -94,6 +111,7 @@ def summed_loss(
     own = rows[:, None] == torch.arange(
         len(texts), device=logits.device
     )
+    # the stable form of ln(1 + exp(-s z))
     return -F.logsigmoid(torch.where(own, logits, -logits)).sum()
 
 
