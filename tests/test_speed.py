@@ -435,7 +435,7 @@ def test_joined_layers_are_one_product_and_hold_nothing_afterwards():
     assert joined.x is None and not joined.shares
 
 
-def test_small_models_and_int8_join_and_large_floats_do_not(monkeypatch):
+def test_small_models_join_and_large_ones_do_not(monkeypatch):
     def shares(fast):
         return sum(isinstance(m, speed.Share) for m in fast.modules())
 
@@ -444,7 +444,6 @@ def test_small_models_and_int8_join_and_large_floats_do_not(monkeypatch):
     assert shares(prepare(model, rows=(1,), rounds=1)) == layers
     monkeypatch.setattr(speed, "SMALL", 0)
     assert shares(prepare(model, rows=(1,), rounds=1)) == 0
-    assert shares(prepare(model, "int8", rows=(1,), rounds=1)) == layers
 
 
 def test_int8_holds_no_floats_of_the_matrices():

@@ -32,6 +32,7 @@ from pali.decoder import (
 )
 from pali.gqa import attend_grouped
 from pali.masks import window_mask
+from pali.mlp import GeGLU
 from pali.paligemma import PaliGemma, PaliGemmaConfig
 from pali.rope import rope_angles, rope_table, rotate_pairs
 from pali.tokens import Batch
@@ -42,6 +43,7 @@ __all__ = [
     "FastLinear",
     "FixedCache",
     "GraphedStep",
+    "InPlace",
     "Joined",
     "LastRows",
     "PRECISIONS",
@@ -382,8 +384,8 @@ def dequantised(x: Tensor, held: tuple, bias: Tensor | None = None):
 def largest(x: Tensor) -> Tensor:
     """The size of the largest number of each row: float[..., D] ->
     float32[..., 1], above 0."""
-    low, high = x.aminmax(dim=-1, keepdim=True)
-    return torch.maximum(-low, high).float().clamp(min=1e-30)
+    size = x.abs().amax(dim=-1, keepdim=True)
+    return size.float().clamp(min=1e-30)
 
 
 # cell 6c9eb4e5
@@ -395,7 +397,8 @@ def by_integers(x: Tensor, held: tuple, bias: Tensor | None = None):
     q, scale = held
     rows = x.reshape(-1, x.shape[-1])
     top = largest(rows) / 127
-    y = torch._int_mm((rows / top).round().to(torch.int8), q.t())
+    whole = (rows.float() / top).round().to(torch.int8)
+    y = torch._int_mm(whole, q.t())
     y = (y * scale * top).view(*x.shape[:-1], -1)
     return (y if bias is None else y + bias).to(x.dtype)
 
@@ -423,7 +426,7 @@ def by_packed_int8(x: Tensor, held, bias: Tensor | None = None):
     """
     several = x.numel() > x.shape[-1]
     top = largest(x) if several else None
-    wide = x / top if several else x.float()  # float32 in one go
+    wide = x.float() / top if several else x.float()
     y = torch.ops.quantized.linear_dynamic(wide, held)
     y = y if top is None else y.mul_(top)
     return (y if bias is None else y + bias).to(x.dtype)
@@ -560,7 +563,8 @@ def choose(
     between    called before each timed product, to empty the cache
     report     receives a dict for each number of rows, see `prepare`
     """
-    part, chosen = weight[: max(64, 2**23 // weight.shape[1])], {}
+    few = max(1024, 2**23 // weight.shape[1])
+    part, chosen = weight[:few], {}
     for n in sorted(set(rows)):
         calls = examine(candidates, part, n)
         times = time_ways(calls, rounds, between)
@@ -662,6 +666,20 @@ def siblings(model: PaliGemma) -> Iterator[tuple[nn.Module, tuple]]:
         yield block.attention, names
     for block in model.decoder.blocks:
         yield block.mlp, ("gate", "up")
+
+
+# cell 8dde15fd
+class InPlace(nn.Module):
+    """`GeGLU` for inference: gate and product overwrite one tensor."""
+
+    def __init__(self, mlp: GeGLU) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = mlp.gate, mlp.up, mlp.down
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.gate(x)
+        gate = torch.ops.aten.gelu_(gate, approximate="tanh")
+        return self.down(gate.mul_(self.up(x)))
 
 
 # cell e3e02a56
@@ -908,12 +926,14 @@ def prepare(
             )
         return FastLinear(weight, bias, known[weight.shape])
 
-    if precision == "int8" or others < SMALL:
+    if others < SMALL:
         for part, names in siblings(fast):
             join(part, names, fitted)
     for name, layer in list(fast.named_modules()):
         if isinstance(layer, nn.Linear):
             fast.set_submodule(name, fitted(layer.weight, layer.bias))
+    for block in fast.decoder.blocks:
+        block.mlp = InPlace(block.mlp)
     choose_attention(fast, max(rows), rounds, report)
     head = fitted(fast.decoder.embedding)
     fast.decoder = FastDecoder(fast.decoder, head)
