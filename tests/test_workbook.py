@@ -734,3 +734,18 @@ def test_the_map_grows_with_the_chapters():
     label = repr(viz.model_map("norm", built=True))
     assert "Built so far: patches, attention, vision tower, contrastive" in label
     assert "rope" not in label
+
+
+def test_the_books_run_leaves_nothing_in_a_checkpoint():
+    """What is kept for gradients is counted when a checkpoint computes again."""
+    from torch.utils.checkpoint import checkpoint
+
+    workbook.records.clear()
+    workbook.records["square"] = workbook.Record()
+    square = workbook.beside("square", lambda x: (x * x).sum(), lambda x: (x * x).sum())
+    x = torch.ones(3, requires_grad=True)
+    square(x)  # the same call is compared twice: here, and once in the checkpoint
+    checkpoint(square, x, use_reentrant=False).backward()
+    assert torch.equal(x.grad, 2 * torch.ones(3))
+    assert workbook.records["square"].agreed == 2
+    workbook.records.clear()

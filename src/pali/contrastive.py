@@ -67,7 +67,7 @@ def cross_entropy(logits: Tensor, right: Tensor) -> Tensor:
 # cell ef85df21
 def check_pairs(images: Tensor, texts: Tensor) -> None:
     """Row i of both must be a pair: equal shapes [B, D], at least one
-    row."""
+    row; ValueError if not."""
     if (
         images.shape != texts.shape
         or images.dim() != 2
@@ -140,6 +140,7 @@ def siglip_loss_chunked(
     chunk     pictures at a time; at most a [chunk, B] matrix exists at
               once, and the backward pass computes it again instead of
               keeping it
+    raises    ValueError if chunk is below 1
     source    Zhai et al. 2023, section 3.3, for chunks across devices
     """
     check_pairs(images, texts)

@@ -226,7 +226,9 @@ class Items(list):
 def run_book(fn: Callable, args: tuple, kwargs: dict):
     """Result or error of the book's version, while nothing else is compared."""
     global _book_runs
-    with same_chance():
+    # inside a checkpoint, what the book's run keeps must not be counted as yours
+    uncounted = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
+    with same_chance(), uncounted:
         _book_runs = True
         nowhere = io.StringIO()
         logging.disable(logging.CRITICAL)
