@@ -1,9 +1,10 @@
 // What is wider than the page scrolls sideways: let the keyboard reach it. The theme
-// does this once, when the page opens; formulas and folded cells come later.
+// does this when the page opens and a while after a resize; formulas, fonts and folded
+// cells come later, and the keyboard should not have to wait.
 (function () {
   const WIDE =
     '.bd-article pre, .bd-article mjx-container[display="true"], ' +
-    ".pst-scrollable-table-container";
+    ".bd-article .cell_output > .output, .pst-scrollable-table-container";
 
   function mark() {
     for (const box of document.querySelectorAll(WIDE)) {
@@ -17,6 +18,7 @@
     mark();
     const typeset = window.MathJax && window.MathJax.startup;
     if (typeset && typeset.promise) typeset.promise.then(mark);
+    document.fonts.ready.then(mark);
   });
   window.addEventListener("resize", mark);
   document.addEventListener("toggle", mark, true); // <details> does not bubble

@@ -71,13 +71,14 @@ function overflow() {
   return `${over} px wider than the window: ${out.join(" ")}`;
 }
 
+// After a resize the theme waits 300 ms before it marks what scrolls.
 async function settled(page) {
   await page.waitForFunction(() => document.readyState === "complete");
   await page.evaluate(async () => {
     if (window.MathJax?.startup?.promise) await window.MathJax.startup.promise;
     await document.fonts.ready;
   });
-  await page.waitForTimeout(200);
+  await page.waitForTimeout(400);
 }
 
 // Everything that is wrong with the page in one view.
