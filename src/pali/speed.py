@@ -44,11 +44,8 @@ __all__ = [
     "FixedCache",
     "GraphedStep",
     "InPlace",
-    "Joined",
     "LastRows",
     "PRECISIONS",
-    "SMALL",
-    "Share",
     "UNITS",
     "Way",
     "WrittenOut",
@@ -67,7 +64,6 @@ __all__ = [
     "fastest",
     "fixed_step",
     "graphed_steps",
-    "join",
     "largest",
     "machine",
     "matmul_peak",
@@ -81,7 +77,6 @@ __all__ = [
     "ready",
     "roofline",
     "sharing_copy",
-    "siblings",
     "step_bytes",
     "time_ways",
     "vision_flops",
@@ -611,63 +606,6 @@ class FastLinear(nn.Module):
         return product(x, held, self.bias)
 
 
-# cell 50006e83
-class Joined(nn.Module):
-    """Layers that read the same x, multiplied as one.
-
-    product    float[..., in] -> float[..., sum of sizes]
-    sizes      rows of each layer
-    note       the layer that is asked first computes for all; the
-               others take their share. One thread at a time
-    """
-
-    def __init__(self, product: nn.Module, sizes: list[int]) -> None:
-        super().__init__()
-        self.product, self.sizes = product, sizes
-        self.x, self.shares = None, {}
-
-    def forward(self, x: Tensor, i: int) -> Tensor:
-        if x is not self.x or i not in self.shares:
-            y = self.product(x).split(self.sizes, dim=-1)
-            self.x, self.shares = x, dict(enumerate(y))
-        y = self.shares.pop(i)
-        if not self.shares:
-            self.x = None  # hold nothing longer than needed
-        return y
-
-
-# cell 21fd350d
-class Share(nn.Module):
-    """One of the layers in a `Joined`, the one with number i."""
-
-    def __init__(self, joined: Joined, i: int) -> None:
-        super().__init__()
-        self.joined, self.i = joined, i
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.joined(x, self.i)
-
-
-# cell fa677093
-def siblings(model: PaliGemma) -> Iterator[tuple[nn.Module, tuple]]:
-    """Modules, each with the names of its layers that read the same
-    x.
-
-    note    in the last block the queries come from one place alone,
-            see `LastRows`, so they stay apart there
-    """
-    last = model.decoder.blocks[-1]
-    for block in (*model.vision.blocks, *model.decoder.blocks):
-        names = (
-            ("key", "value")
-            if block is last
-            else ("query", "key", "value")
-        )
-        yield block.attention, names
-    for block in model.decoder.blocks:
-        yield block.mlp, ("gate", "up")
-
-
 # cell 8dde15fd
 class InPlace(nn.Module):
     """`GeGLU` for inference: gate and product overwrite one tensor."""
@@ -866,25 +804,6 @@ def check_prepare(model, precision, rows, rounds) -> None:
         )
 
 
-# cell 25e91e79
-SMALL = 2**26  # bytes: weights that may be copied without asking
-
-
-# cell b136f7f9
-def join(part: nn.Module, names: tuple, fitted: Callable) -> None:
-    """Replace layers of a module by their shares of one product.
-
-    fitted    called with the rows of all, and their biases or None
-    """
-    layers = [getattr(part, name) for name in names]
-    weight = torch.cat([layer.weight for layer in layers])
-    biases = [x.bias for x in layers if x.bias is not None]
-    product = fitted(weight, torch.cat(biases) if biases else None)
-    joined = Joined(product, [len(x.weight) for x in layers])
-    for i, name in enumerate(names):
-        setattr(part, name, Share(joined, i))
-
-
 # cell 8dc9cb04
 @torch.no_grad()
 def prepare(
@@ -910,7 +829,7 @@ def prepare(
                  not here, or wrong), chosen
     returns      a PaliGemma for inference alone; `model` stays as it is
                  and shares the weights that did not have to change
-    note         one thread at a time may use it, see `Joined`
+    note         one thread at a time may use it, see `LastRows`
     raises       TypeError, ValueError with one sentence
     """
     check_prepare(model, precision, rows, rounds)
@@ -926,9 +845,6 @@ def prepare(
             )
         return FastLinear(weight, bias, known[weight.shape])
 
-    if others < SMALL:
-        for part, names in siblings(fast):
-            join(part, names, fitted)
     for name, layer in list(fast.named_modules()):
         if isinstance(layer, nn.Linear):
             fast.set_submodule(name, fitted(layer.weight, layer.bias))
