@@ -11,6 +11,7 @@ import re
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -37,7 +38,7 @@ from tqdm import tqdm
 
 from pali import scenes, tasks
 from pali.generation import only_tokens, steps
-from pali.outlines import MaskCodec, crop_mask
+from pali.outlines import MaskCodec, outline_codes
 from pali.patches import preprocess
 from pali.tokens import EOS, PAD, Batch, Processor, pad_rows
 
@@ -147,14 +148,9 @@ def picture_name(scene: scenes.Scene) -> str:
 
 def outline_coder(codec: MaskCodec):
     """Mask and box to 16 codes; zeros if the codec holds no encoder."""
-
-    @torch.inference_mode()
-    def encode(mask, box) -> list[int]:
-        if codec.encoder is None:
-            return [0] * 16
-        return codec.encode(crop_mask(mask, box)[None])[0].tolist()
-
-    return encode
+    if codec.encoder is None:
+        return lambda mask, box: [0] * 16
+    return partial(outline_codes, codec=codec)
 
 
 def questions(

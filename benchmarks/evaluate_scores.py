@@ -15,9 +15,9 @@ from functools import cache
 import numpy as np
 
 from pali import scenes, tasks
-from pali.outlines import MaskCodec, read_masks
+from pali.outlines import MaskCodec, mask_iou, read_masks
 from pali.tokens import Box, read_boxes
-from pali.train import pair_boxes, true_boxes
+from pali.train import pair_best, pair_boxes, true_boxes
 
 CAPTIONS = tuple(f"caption {language}" for language in scenes.LANGUAGES)
 SHORT = ("count", "where", "present", "size", "ocr")  # answered in a word
@@ -58,36 +58,16 @@ INTERVALS = (
 )
 
 
-def mask_overlap(a: np.ndarray, b: np.ndarray) -> float:
-    """Intersection over union of two bool arrays; 0 if both are empty."""
-    union = int((a | b).sum())
-    return int((a & b).sum()) / union if union else 0.0
-
-
 Outline = tuple[Box, np.ndarray]
 
 
 def pair_masks(found: Sequence[Outline], truth: Sequence[Outline]) -> list[float]:
-    """The overlap of each true mask with the found one paired with it.
+    """`pair_best` of outlines: the IoU of the masks, where the labels are the same."""
 
-    As `pair_boxes`, by the pixels: the same label, the best overlaps first, none
-    serves twice, 0 without a partner.
-    """
-    pairs = sorted(
-        (
-            (mask_overlap(a[1], b[1]), i, j)
-            for i, a in enumerate(found)
-            for j, b in enumerate(truth)
-            if a[0].label == b[0].label
-        ),
-        reverse=True,
-    )
-    overlaps, taken = [0.0] * len(truth), set()
-    for value, i, j in pairs:
-        if i not in taken and not overlaps[j]:
-            taken.add(i)
-            overlaps[j] = value
-    return overlaps
+    def score(a: Outline, b: Outline) -> float:
+        return float(mask_iou(a[1], b[1])) if a[0].label == b[0].label else 0.0
+
+    return pair_best(found, truth, score)
 
 
 def true_masks(scene: scenes.Scene, kind: str) -> list[Outline]:

@@ -14,7 +14,7 @@ from PIL import Image
 
 import pali
 from pali import scenes, tasks
-from pali.outlines import shipped_codec
+from pali.outlines import mask_iou, outline_codes, shipped_codec
 from pali.paligemma import PaliGemma
 from pali.patches import preprocess
 from pali.tokens import Box, Processor, Tokenizer
@@ -43,7 +43,7 @@ def caption(said: str, truth: str) -> dict:
 
 
 def asked_of(scene, chosen=scoring.TASKS) -> dict:
-    encode = full.outline_coder(shipped_codec())
+    encode = outline_codes
     return full.questions(scene, scenes.FULL_WORLD, chosen, encode)
 
 
@@ -63,13 +63,6 @@ def strip(first: int, last: int) -> np.ndarray:
     mask = np.zeros((4, 8), bool)
     mask[:, first:last] = True
     return mask
-
-
-def test_overlap_of_masks_is_shared_over_joint_pixels():
-    assert scoring.mask_overlap(strip(0, 4), strip(2, 6)) == pytest.approx(2 / 6)
-    assert scoring.mask_overlap(strip(0, 4), strip(0, 4)) == 1
-    assert scoring.mask_overlap(strip(0, 4), strip(4, 8)) == 0
-    assert scoring.mask_overlap(strip(0, 0), strip(0, 0)) == 0  # not a division by 0
 
 
 def test_masks_are_paired_by_name_and_best_overlap_and_none_serves_twice():
@@ -219,8 +212,8 @@ def test_overlaps_with_boxes_are_those_of_a_loop():
     grid = chance.squares(32)
     fast = chance.overlaps_with(masks, grid)
     for i, mask in enumerate(masks):
-        slow = [scoring.mask_overlap(mask, chance.filled(box, 32)) for box in grid]
-        np.testing.assert_allclose(fast[i], slow, rtol=0, atol=1e-12)
+        slow = [float(mask_iou(mask, chance.filled(box, 32))) for box in grid]
+        np.testing.assert_allclose(fast[i], slow, rtol=0, atol=1e-6)
 
 
 def test_the_constant_guess_is_the_truest_answer_to_a_form_of_prompt(drawn):
@@ -451,7 +444,7 @@ class Oracle(full.Examiner):
             if name != full.BLIND:
                 (scene,) = worlds.draw(worlds.CONDITIONS[name], range(seed, seed + 1))
                 world = worlds.CONDITIONS[name].world
-                encode = full.outline_coder(self.codec)
+                encode = outline_codes
                 said = full.questions(scene, world, [task], encode)[task][1]
             said = self.wrong.get((name, seed, task), said)
             self.kept.add([(name, seed, task, picture, prompt, said)])
@@ -553,7 +546,7 @@ def test_blind_answers_depend_on_the_prompt_alone(toy, quick, tmp_path):
 
 def test_the_average_picture_is_the_mean_of_those_not_measured(quick):
     processor = pali.load_processor("mini")
-    guess, average = full.look_around(processor, full.outline_coder(shipped_codec()))
+    guess, average = full.look_around(processor, outline_codes)
     seeds = full.training_seeds()
     assert len(seeds) == 4 and seeds.start not in scenes.TEST_SEEDS
     images = [scenes.scene(seed, world=scenes.FULL_WORLD).image for seed in seeds]

@@ -280,19 +280,24 @@ def find_font(name: str = "NotoColorEmoji.ttf") -> Path:
     )
 
 
-def draw(font: ImageFont.FreeTypeFont, character: str) -> Image.Image:
-    """One emoji, cropped to its paint and centred in a 64 x 64 cell."""
-    wide = Image.new("RGBA", (2 * STRIKE, 2 * STRIKE))
-    ImageDraw.Draw(wide).text(
-        (STRIKE // 4, STRIKE // 4), character, font=font, embedded_color=True
-    )
-    art = wide.crop(wide.getchannel("A").getbbox())
+def in_cell(art: Image.Image) -> Image.Image:
+    """Cropped to its paint, 62 px on its longer side, centred in a cell."""
+    art = art.crop(art.getchannel("A").getbbox())
     scale = (CELL - 2 * MARGIN) / max(art.size)
     size = tuple(max(1, round(scale * side)) for side in art.size)
     art = art.resize(size, Image.Resampling.LANCZOS)
     cell = Image.new("RGBA", (CELL, CELL))
     cell.paste(art, tuple((CELL - side) // 2 for side in size))
     return cell
+
+
+def draw(font: ImageFont.FreeTypeFont, character: str) -> Image.Image:
+    """One emoji in its cell of 64 x 64 px."""
+    wide = Image.new("RGBA", (2 * STRIKE, 2 * STRIKE))
+    ImageDraw.Draw(wide).text(
+        (STRIKE // 4, STRIKE // 4), character, font=font, embedded_color=True
+    )
+    return in_cell(wide)
 
 
 def sheet(font_path: Path, rows: list[dict]) -> Image.Image:

@@ -17,12 +17,12 @@ import sys
 import tarfile
 from pathlib import Path
 
+from make_art import CELL, COLUMNS, in_cell, write
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 ART = ROOT / "benchmarks" / "art2"
 KINDS = ROOT / "src" / "pali" / "art" / "kinds.json"
-CELL, MARGIN, COLUMNS = 64, 1, 8  # as in tools/make_art.py
 LARGE = 512  # px at which a drawing is painted before it is made small
 
 
@@ -48,17 +48,6 @@ def paint(svg: str) -> Image.Image:
 
     data = bytes(svg_to_bytes(svg_string=svg, width=LARGE, height=LARGE))
     return Image.open(io.BytesIO(data)).convert("RGBA")
-
-
-def in_cell(art: Image.Image) -> Image.Image:
-    """Cropped to its paint, 62 px on its longer side, centred in a cell."""
-    art = art.crop(art.getchannel("A").getbbox())
-    scale = (CELL - 2 * MARGIN) / max(art.size)
-    size = tuple(max(1, round(scale * side)) for side in art.size)
-    art = art.resize(size, Image.Resampling.LANCZOS)
-    cell = Image.new("RGBA", (CELL, CELL))
-    cell.paste(art, tuple((CELL - side) // 2 for side in size))
-    return cell
 
 
 def sheet(drawings: dict[str, str], codepoints: list[str]) -> Image.Image:
@@ -97,13 +86,6 @@ Source: the npm package `{name}` {version}
 which writes the same pixels again from the same package; `--check` says
 whether that is so.
 """
-
-
-def write(path: Path, content: bytes) -> None:
-    """Write beside the place, then move there."""
-    beside = path.with_name(path.name + ".part")
-    beside.write_bytes(content)
-    beside.replace(path)
 
 
 def main(argv: list[str] | None = None) -> int:

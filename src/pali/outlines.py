@@ -37,6 +37,7 @@ __all__ = [
     "mask_encoder",
     "mask_iou",
     "mask_tokens",
+    "outline_codes",
     "paste_mask",
     "pixel_box",
     "read_arrays",
@@ -231,9 +232,7 @@ class MaskCodec(nn.Module):
 
     def nearest(self, x: Tensor) -> Tensor:
         """The codes closest to float[B, code_width, 4, 4]: int64[B, 16]."""
-        x = x.flatten(2).transpose(
-            1, 2
-        )  # [B, 16, code_width], row by row
+        x = x.flatten(2).transpose(1, 2)  # the grid, row by row
         distance = (
             x.square().sum(-1, keepdim=True)
             - 2 * x @ self.codebook.T
@@ -514,10 +513,9 @@ def load_mask_codec(path: str | Path) -> MaskCodec:
 # cell 06e61997
 def save_mask_codec(codec: MaskCodec, path: str | Path) -> None:
     """Write a codec in the official layout, float16, whole or not at all."""
+    keys = {"codebook": CODEBOOK}
     arrays = {
-        CODEBOOK if name == "codebook" else name: value.half()
-        .cpu()
-        .numpy()
+        keys.get(name, name): value.half().cpu().numpy()
         for name, value in codec.state_dict().items()
     }
 
@@ -534,3 +532,19 @@ def shipped_codec() -> MaskCodec:
     """The codec of the shipped model: `mini/mask_codec.npz`."""
     folder = Path(__file__).parent / "mini"
     return load_mask_codec(folder / "mask_codec.npz")
+
+
+# cell 70b75b66
+@torch.no_grad()
+def outline_codes(
+    mask: np.ndarray, box: Box, codec: MaskCodec | None = None
+) -> list[int]:
+    """The 16 codes that stand for an outline in an answer.
+
+    mask     bool[H, W], the picture's size
+    box      the part of it that is coded
+    codec    None for the shipped one
+    raises   ValueError if the codec holds no encoder
+    """
+    codec = codec or shipped_codec()
+    return codec.encode(crop_mask(mask, box)[None])[0].tolist()

@@ -23,10 +23,11 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from pali import scenes
+from pali.contrastive import cross_entropy
 from pali.decoder import DecoderConfig
 from pali.generation import generate
 from pali.masks import prefix_lm_mask
-from pali.outlines import crop_mask, shipped_codec
+from pali.outlines import outline_codes
 from pali.paligemma import PaliGemma, PaliGemmaConfig
 from pali.patches import preprocess
 from pali.tokens import (
@@ -61,10 +62,10 @@ __all__ = [
     "mini_config",
     "one_step",
     "optimisers",
-    "outline_codes",
     "overlap",
     "pack",
     "packed_mask",
+    "pair_best",
     "pair_boxes",
     "parts",
     "quick_check",
@@ -335,7 +336,7 @@ def suffix_loss(
     targets = batch.labels[:, 1:]  # the token after each place
     taught = targets != IGNORE
     logits = model.decoder.logits(x[:, :-1][taught])
-    return F.cross_entropy(logits.float(), targets[taught])
+    return cross_entropy(logits, targets[taught]).mean()
 
 
 # cell 828ddd7e
@@ -399,14 +400,6 @@ class ByProducts(TorchFunctionMode):
         groups = q.shape[2]
         y = [rows.unflatten(2, (groups, -1)) for rows in y]
         return torch.cat(y, dim=3).flatten(2, 3)
-
-
-# cell 8de8f7e4
-def outline_codes(mask: np.ndarray, box: Box) -> list[int]:
-    """The codes that the shipped codec gives the outline in a box."""
-    return (
-        shipped_codec().encode(crop_mask(mask, box)[None])[0].tolist()
-    )
 
 
 # cell 85447480
@@ -600,30 +593,40 @@ def overlap(a: Box, b: Box) -> float:
 
 
 # cell 2956bb74
-def pair_boxes(
-    found: Sequence[Box], truth: Sequence[Box]
-) -> list[float]:
-    """The overlap of each true box with the found box paired with it.
+def pair_best(found: Sequence, truth: Sequence, score) -> list[float]:
+    """The score of each true thing with the one paired with it.
 
-    returns   IoU from 0 to 1, one a true box, 0 without a partner;
-              pairs have the same label, the best overlaps come first,
-              no box serves twice
+    score     called with a found and a true thing: 0 or more, 0 where
+              the two are no pair
+    returns   one score a true thing, 0 without a partner; the best
+              pairs come first, nothing serves twice
     """
     pairs = sorted(
         (
-            (overlap(a, b), i, j)
+            (score(a, b), i, j)
             for i, a in enumerate(found)
             for j, b in enumerate(truth)
-            if a.label == b.label
         ),
         reverse=True,
     )
-    overlaps, taken = [0.0] * len(truth), set()
+    scores, taken = [0.0] * len(truth), set()
     for value, i, j in pairs:
-        if i not in taken and not overlaps[j]:
+        if i not in taken and not scores[j]:
             taken.add(i)
-            overlaps[j] = value
-    return overlaps
+            scores[j] = value
+    return scores
+
+
+# cell dd9c0e01
+def pair_boxes(
+    found: Sequence[Box], truth: Sequence[Box]
+) -> list[float]:
+    """`pair_best` of boxes: the IoU, where the labels are the same."""
+
+    def score(a: Box, b: Box) -> float:
+        return overlap(a, b) if a.label == b.label else 0.0
+
+    return pair_best(found, truth, score)
 
 
 # cell 8c19d35f
