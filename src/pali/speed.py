@@ -13,7 +13,7 @@ import warnings
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 
 import torch
@@ -330,16 +330,19 @@ def by_float32(
 ):
     """The product in float32, for many rows of another dtype.
 
-    note    1,024 rows of the matrix at a time are converted into one
-            small buffer, which stays in the cache while all rows of x
-            use it
+    note    1,024 x 4,096 numbers of the matrix at a time are converted
+            into one buffer, which stays in the cache while all rows of
+            x use it
     """
-    wide, parts = x.float(), []
-    room = torch.empty(1024, weight.shape[1])
-    for piece in weight.split(1024):
-        part = room[: len(piece)].copy_(piece)
-        parts.append(product(wide, part))
-    y = torch.cat(parts, dim=-1)
+    wide = [part.contiguous() for part in x.float().split(4096, dim=-1)]
+    room, strips = torch.empty(1024 * min(4096, weight.shape[1])), []
+    for strip in weight.split(1024):
+        tiles = (
+            room[: tile.numel()].view(tile.shape).copy_(tile)
+            for tile in strip.split(4096, dim=-1)
+        )
+        strips.append(reduce(torch.add, map(product, wide, tiles)))
+    y = torch.cat(strips, dim=-1)
     return (y if bias is None else y + bias).to(x.dtype)
 
 
