@@ -31,8 +31,7 @@ from torch import nn
 
 from pali import scenes
 from pali._export import write_atomically
-from pali.contrastive import siglip_loss
-from pali.masks import prefix_lm_mask
+from pali.contrastive import cross_entropy, siglip_loss
 from pali.patches import preprocess
 from pali.train import (
     Lessons,
@@ -113,8 +112,9 @@ def text_stage(model, processor, steps: int) -> None:
         ]
         prompts, answers = map(list, zip(*pairs, strict=True))
         batch = processor([None] * len(prompts), prompts, answers, "right")
-        mask = prefix_lm_mask(batch.valid, batch.suffix)
-        loss = suffix_loss(model, batch, mask)
+        logits = model(None, batch.ids, valid=batch.valid, suffix=batch.suffix)
+        taught = batch.suffix[:, 1:]
+        loss = cross_entropy(logits[:, :-1][taught], batch.ids[:, 1:][taught]).mean()
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.decoder.parameters(), 1.0)
