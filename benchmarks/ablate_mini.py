@@ -14,7 +14,7 @@ the first world, with the same task steps after them:
 - text          before it, the decoder alone on the answers, without pictures
 
 After every 100 task steps: the loss on lessons about unseen scenes. At the end: 200
-unseen scenes. Kept in `benchmarks/results/ablation.json`.
+unseen scenes. Kept in `src/pali/mini/training/ablation.json`.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+import pali
 from pali import scenes
 from pali._export import write_atomically
 from pali.contrastive import cross_entropy, siglip_loss
@@ -44,7 +45,7 @@ from pali.train import (
     suffix_loss,
 )
 
-RESULTS = Path(__file__).parent / "results" / "ablation.json"
+RESULTS = Path(pali.__file__).parent / "mini" / "training" / "ablation.json"
 VARIANTS = ("together", "contrastive", "text")
 EARLY = 3_000_000_000  # seeds of the stage, far from those of the lessons
 BATCH = 64  # pictures, or answers, a step of the stage
@@ -180,7 +181,7 @@ def main(argv: list[str] | None = None) -> None:
     """Measure what is missing, keep it, print it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=900)
-    parser.add_argument("--stage-steps", type=int, default=300)
+    parser.add_argument("--stage-steps", type=int, default=150)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RESULTS)
