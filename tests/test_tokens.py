@@ -1,11 +1,9 @@
 """Tokens, prompts and boxes against the published processor and their own laws."""
 
-import io
 import logging
 
 import numpy as np
 import pytest
-import sentencepiece
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -24,58 +22,20 @@ from pali.tokens import (
     read_boxes,
     read_objects,
 )
-
-TEXTS = [
-    "caption en",
-    "detect cat ; dog",
-    "answer en how many cats are there?",
-    "a cat and two dogs",
-    "12 stars",
-] * 10
-PLACES = [f"<loc{i:04d}>" for i in range(1024)]
-OUTLINES = [f"<seg{i:03d}>" for i in range(128)]
-
-
-def train(path, extra=()):
-    """A toy list with the ids and the settings of Gemma's."""
-    out = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.Train(
-        sentence_iterator=iter(TEXTS),
-        model_writer=out,
-        model_type="bpe",
-        vocab_size=330 + len(extra),
-        hard_vocab_limit=False,
-        pad_id=0,
-        eos_id=1,
-        bos_id=2,
-        unk_id=3,
-        pad_piece="<pad>",
-        eos_piece="<eos>",
-        bos_piece="<bos>",
-        byte_fallback=True,
-        split_digits=True,
-        add_dummy_prefix=False,
-        remove_extra_whitespaces=False,
-        normalization_rule_name="identity",
-        character_coverage=1.0,
-        user_defined_symbols=["<mask>", "\n", "\n\n", *extra],
-        minloglevel=2,
-    )
-    path.write_bytes(out.getvalue())
-    return Tokenizer(path)
+from pieces import OUTLINES, PLACES, toy_pieces
 
 
 @pytest.fixture(scope="module")
 def gemma(tmp_path_factory):
     """A list without places, as in a plain Gemma file."""
-    return train(tmp_path_factory.mktemp("gemma") / "tokenizer.model")
+    return toy_pieces(tmp_path_factory.mktemp("gemma") / "tokenizer.model")
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     """A list with places and outlines, as PaliGemma's file has them."""
     folder = tmp_path_factory.mktemp("paligemma")
-    return train(folder / "tokenizer.model", PLACES + OUTLINES)
+    return toy_pieces(folder / "tokenizer.model", PLACES + OUTLINES)
 
 
 @pytest.fixture(scope="module")

@@ -23,15 +23,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers import AutoProcessor
 from transformers.models.siglip.image_processing_pil_siglip import (
     SiglipImageProcessorPil,
 )
 
 import pali
 import pali.weights
+from pali import scenes
 from pali.decoder import DecoderConfig
 from pali.paligemma import DECODERS, PaliGemmaConfig, published_config
-from pali.tokens import Tokenizer
+from pali.tokens import Processor, Tokenizer
 from pali.vision import VisionConfig
 from pali.weights import (
     NoDraws,
@@ -42,6 +44,7 @@ from pali.weights import (
     write_files,
     write_tensors,
 )  # fmt: skip
+from pieces import toy_pieces
 from reference import (
     ATOL,
     PALIGEMMA_1,
@@ -635,6 +638,62 @@ def test_transformers_prepares_pictures_by_our_settings_as_we_do(tmp_path):
     picture = Image.fromarray(rng.integers(0, 256, (90, 140, 3), dtype=np.uint8))
     want = theirs(images=[picture], return_tensors="pt")["pixel_values"]
     assert processor(picture, "").pixels.equal(want)
+
+
+def saved_with_plain_gemma(folder: Path) -> Processor:
+    """A folder whose tokenizer.model lacks places and outlines, as Gemma's does."""
+    folder.mkdir()
+    tokenizer = toy_pieces(folder / "plain.model")
+    model = pali.load_model("mini", dtype=None)
+    vision = model.config.vision
+    processor = Processor(
+        tokenizer, vision.image_size, vision.num_patches, tokenizer.size
+    )
+    rows = torch.zeros(tokenizer.size + 1, model.config.decoder.width)
+    decoder = replace(model.config.decoder, vocab_size=len(rows))
+    model.config = replace(model.config, decoder=decoder, image_id=tokenizer.size)
+    model.decoder.config = decoder
+    model.decoder.embedding = torch.nn.Parameter(rows.half())
+    pali.save_model(model, folder / "saved", processor)
+    return processor
+
+
+@pytest.mark.parametrize("pieces", ["shipped", "plain Gemma"])
+def test_autoprocessor_reads_our_folder_and_prepares_the_same(pieces, tmp_path):
+    if pieces == "shipped":
+        folder, processor = mini_copy(tmp_path), pali.load_processor("mini")
+    else:
+        processor = saved_with_plain_gemma(tmp_path / "plain")
+        folder = tmp_path / "plain" / "saved"
+    theirs = AutoProcessor.from_pretrained(folder)
+    prompts = [
+        "caption en",
+        "detect cat ; dog",
+        "answer en how many foxes are there?",
+        "caption de ÄÖÜ 猫 é 12  spaces , and\ttabs",
+        "",
+    ]
+    suffixes = [
+        "a cat",
+        "<loc0001><loc0500><loc0700><loc1023> cat",
+        "0",
+        "",
+        "<seg007>",
+    ]
+    images = [scenes.scene(seed).image for seed in range(5)]
+    ours = processor(images, prompts, suffixes, padding="right")
+    want = theirs(
+        images=[[image] for image in images],
+        text=["<image>" + prompt for prompt in prompts],
+        suffix=suffixes,
+        padding=True,
+        padding_side="right",
+        return_tensors="pt",
+    )
+    assert torch.equal(ours.ids, want["input_ids"])
+    assert torch.equal(ours.labels, want["labels"])
+    assert torch.equal(ours.pixels, want["pixel_values"])
+    assert theirs.decode(ours.ids[1], skip_special_tokens=True).endswith(suffixes[1])
 
 
 @pytest.mark.parametrize(

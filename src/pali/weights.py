@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from pali.decoder import DecoderConfig
 from pali.paligemma import PaliGemma, PaliGemmaConfig
-from pali.tokens import Processor, Tokenizer
+from pali.tokens import BOS, EOS, PAD, Processor, Tokenizer
 from pali.vision import VisionConfig
 
 __all__ = [
@@ -59,6 +59,7 @@ __all__ = [
     "released_name",
     "released_tensors",
     "save_model",
+    "tokenizer_json",
     "vision_config",
     "weight_files",
     "whole",
@@ -659,6 +660,33 @@ def preprocessor_json(processor: Processor) -> dict:
     }  # fmt: skip
 
 
+# cell 86b090df
+def tokenizer_json(processor: Processor) -> dict:
+    """What tokenizer_config.json adds to tokenizer.model: how it is
+    used, and the tokens that the file lacks."""
+    tokenizer = processor.tokenizer
+    pieces, lacking = tokenizer.pieces, dict(tokenizer.names)
+    lacking[processor.image_id] = "<image>"
+    plain = {
+        "lstrip": False, "rstrip": False, "normalized": False,
+        "single_word": False,
+    }  # fmt: skip
+    return {
+        "tokenizer_class": "GemmaTokenizer",
+        "processor_class": "PaliGemmaProcessor",
+        "add_bos_token": True, "add_eos_token": False,
+        "bos_token": pieces.IdToPiece(BOS),
+        "eos_token": pieces.IdToPiece(EOS),
+        "pad_token": pieces.IdToPiece(PAD),
+        "unk_token": pieces.IdToPiece(pieces.unk_id()),
+        "added_tokens_decoder": {
+            str(i): plain | {"content": name, "special": name == "<image>"}
+            for i, name in sorted(lacking.items())
+            if i >= pieces.GetPieceSize()
+        },
+    }  # fmt: skip
+
+
 # cell c1816cb7
 def write_files(folder: Path, files: dict) -> None:
     """Write files beside their place and move them there, whole or not
@@ -751,7 +779,8 @@ def save_model(
 ) -> None:
     """Write a checkpoint folder in the layout of the released ones.
 
-    processor    with it, `pali.load(folder)` works on the result
+    processor    with it, `pali.load(folder)` works on the result, and
+                 `AutoProcessor` of transformers
     raises       OSError if the folder cannot be written; nothing
                  half-written; ValueError if config.json has no words
                  for the configuration
@@ -764,8 +793,14 @@ def save_model(
         "config.json": json_writer(data),
     }
     if processor is not None:
-        settings = preprocessor_json(processor)
         source = processor.tokenizer.path
-        files["preprocessor_config.json"] = json_writer(settings)
-        files["tokenizer.model"] = lambda p: shutil.copyfile(source, p)
+        files |= {
+            "preprocessor_config.json": json_writer(
+                preprocessor_json(processor)
+            ),
+            "tokenizer_config.json": json_writer(
+                tokenizer_json(processor)
+            ),
+            "tokenizer.model": lambda p: shutil.copyfile(source, p),
+        }
     write_files(Path(folder), files)
