@@ -1,7 +1,6 @@
 """Does a stage before the tasks help the little model? Measured at small scale.
 
-    python benchmarks/ablate_mini.py                 about an hour on one core; goes on
-                                                     where it was stopped
+    python benchmarks/ablate_mini.py                 goes on where it was stopped
     python benchmarks/ablate_mini.py --steps 20      a look at whether it runs
 
 PaliGemma's tower first learned which caption belongs to which picture, its decoder to
@@ -24,6 +23,8 @@ import json
 import math
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -41,6 +42,7 @@ from pali.train import (
     optimisers,
     pack,
     quick_check,
+    rate_factor,
     start_model,
     suffix_loss,
 )
@@ -49,12 +51,6 @@ RESULTS = Path(pali.__file__).parent / "mini" / "training" / "ablation.json"
 VARIANTS = ("together", "contrastive", "text")
 EARLY = 3_000_000_000  # seeds of the stage, far from those of the lessons
 BATCH = 64  # pictures, or answers, a step of the stage
-
-
-def rates(steps: int):
-    """Up for a twentieth of the steps, then down to 0."""
-    for step in range(steps):
-        yield min((step + 1) / (0.05 * steps), (steps - step) / (0.95 * steps), 1.0)
 
 
 def drawn_at(step: int) -> list[scenes.Scene]:
@@ -66,6 +62,24 @@ def drawn_at(step: int) -> list[scenes.Scene]:
     return list(found.values())
 
 
+def fit(name: str, groups: list[dict], loss_at: Callable, steps: int) -> None:
+    """Minimise by AdamW: the rate goes up in a twentieth of the steps, then down."""
+    course = Settings(steps=steps, warmup=max(1, steps // 20), decay=0.95)
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, partial(rate_factor, settings=course)
+    )
+    for step in range(steps):
+        loss = loss_at(step)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(groups[0]["params"], 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 50 == 0 or step == steps - 1:
+            print(f"    {name} {step}: loss {loss.item():.3f}", flush=True)
+
+
 def contrastive_stage(model, processor, steps: int) -> None:
     """Teach the tower which caption belongs to which picture."""
     width, tokenizer = model.config.vision.width, processor.tokenizer
@@ -73,39 +87,24 @@ def contrastive_stage(model, processor, steps: int) -> None:
     words = nn.EmbeddingBag(len(model.decoder.embedding), width, mode="sum")
     log_scale = nn.Parameter(torch.tensor(math.log(10.0)))
     bias = nn.Parameter(torch.tensor(-math.log(BATCH - 1.0)))
-    weights = [*model.vision.parameters(), *head.parameters(), *words.parameters()]
-    optimizer = torch.optim.AdamW(
-        [{"params": weights, "lr": 1e-3}, {"params": [log_scale, bias], "lr": 5e-3}],
-        weight_decay=0.01,
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, list(rates(steps + 1)).__getitem__
-    )
-    for step in range(steps):
+
+    def loss_at(step: int) -> torch.Tensor:
         drawn = drawn_at(step)
-        side = model.config.vision.image_size
-        pixels = torch.stack([preprocess(s.image, side) for s in drawn])
+        pixels = [preprocess(s.image, processor.image_size) for s in drawn]
         ids = [torch.tensor(tokenizer.encode(scenes.caption(s))) for s in drawn]
         starts = torch.tensor([0, *map(len, ids)])[:-1].cumsum(0)
-        seen = head(model.vision(pixels).mean(dim=1))
-        read = words(torch.cat(ids), starts)
-        loss = siglip_loss(seen, read, log_scale, bias)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 50 == 0 or step == steps - 1:
-            print(f"    contrastive {step}: loss {loss.item():.3f}", flush=True)
+        seen = head(model.vision(torch.stack(pixels)).mean(dim=1))
+        return siglip_loss(seen, words(torch.cat(ids), starts), log_scale, bias)
+
+    weights = [*model.vision.parameters(), *head.parameters(), *words.parameters()]
+    own = {"params": [log_scale, bias], "lr": 5e-3}
+    fit("contrastive", [{"params": weights, "lr": 1e-3}, own], loss_at, steps)
 
 
 def text_stage(model, processor, steps: int) -> None:
     """Teach the decoder to write the answers, blindly."""
-    optimizer = torch.optim.AdamW(model.decoder.parameters(), lr=1e-3)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, list(rates(steps + 1)).__getitem__
-    )
-    for step in range(steps):
+
+    def loss_at(step: int) -> torch.Tensor:
         pairs = [
             pair
             for s in drawn_at(step)
@@ -115,14 +114,13 @@ def text_stage(model, processor, steps: int) -> None:
         batch = processor([None] * len(prompts), prompts, answers, "right")
         logits = model(None, batch.ids, valid=batch.valid, suffix=batch.suffix)
         taught = batch.suffix[:, 1:]
-        loss = cross_entropy(logits[:, :-1][taught], batch.ids[:, 1:][taught]).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.decoder.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 50 == 0 or step == steps - 1:
-            print(f"    text {step}: loss {loss.item():.3f}", flush=True)
+        return cross_entropy(logits[:, :-1][taught], batch.ids[:, 1:][taught]).mean()
+
+    weights = list(model.decoder.parameters())
+    fit("text", [{"params": weights, "lr": 1e-3}], loss_at, steps)
+
+
+STAGES = {"contrastive": contrastive_stage, "text": text_stage}
 
 
 @torch.no_grad()
@@ -146,20 +144,18 @@ def run(variant: str, steps: int, stage_steps: int, seed: int) -> dict:
         eval_scenes=0,
         warmup=50,
     )
-    stages = {"contrastive": contrastive_stage, "text": text_stage}
     with tempfile.TemporaryDirectory() as folder:
         model, processor = start_model(Path(folder), settings)
     began, stage = time.perf_counter(), 0.0
-    if variant in stages:
-        stages[variant](model, processor, stage_steps)
+    if variant in STAGES:
+        STAGES[variant](model, processor, stage_steps)
         model.zero_grad(set_to_none=True)
         stage = time.perf_counter() - began
     optimizers, curve, spent = optimisers(model, settings), [], 0.0
     lessons = Lessons(settings, processor)
     for step in range(steps):
         lesson = lessons[step]
-        up = min(1.0, (step + 1) / settings.warmup)
-        factor = min(up, (steps - step) / (settings.decay * steps))
+        factor = rate_factor(step, settings)
         began = time.perf_counter()
         one_step(model, optimizers, lesson, factor, settings)
         spent += time.perf_counter() - began

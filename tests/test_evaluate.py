@@ -14,7 +14,7 @@ from PIL import Image
 
 import pali
 from pali import scenes, tasks
-from pali.outlines import mask_iou, outline_codes, shipped_codec
+from pali.outlines import outline_codes, shipped_codec
 from pali.paligemma import PaliGemma
 from pali.patches import preprocess
 from pali.tokens import Box, Processor, Tokenizer
@@ -23,6 +23,7 @@ from tiny import tiny_config
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tools")]
 
+import ablate_mini as ablation  # noqa: E402
 import evaluate_chance as chance  # noqa: E402
 import evaluate_full as full  # noqa: E402
 import evaluate_mini as command  # noqa: E402
@@ -212,8 +213,9 @@ def test_overlaps_with_boxes_are_those_of_a_loop():
     grid = chance.squares(32)
     fast = chance.overlaps_with(masks, grid)
     for i, mask in enumerate(masks):
-        slow = [float(mask_iou(mask, chance.filled(box, 32))) for box in grid]
-        np.testing.assert_allclose(fast[i], slow, rtol=0, atol=1e-6)
+        shapes = [chance.filled(box, 32) for box in grid]
+        slow = [(mask & shape).sum() / (mask | shape).sum() for shape in shapes]
+        np.testing.assert_allclose(fast[i], slow, rtol=0, atol=1e-12)
 
 
 def test_the_constant_guess_is_the_truest_answer_to_a_form_of_prompt(drawn):
@@ -604,3 +606,19 @@ def test_the_sheet_follows_the_catalogue_and_names_what_is_missing(monkeypatch):
     assert sheet.getpixel((32, 32))[0] == 3 and sheet.getpixel((96, 32))[0] == 10
     with pytest.raises(ValueError, match="no drawing of FF"):
         make_art2.sheet(drawings, ["1", "FF"])
+
+
+# -- the stages that are tried before the tasks --------------------------------
+
+
+@pytest.mark.parametrize(
+    ("stage", "taught"), [("contrastive", "vision."), ("text", "decoder.")]
+)
+def test_a_stage_teaches_its_own_part_and_no_other(stage, taught, monkeypatch, capsys):
+    monkeypatch.setattr(ablation, "BATCH", 8)
+    model, processor = pali.load("mini")
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    ablation.STAGES[stage](model, processor, 2)
+    moved = {n for n, p in model.state_dict().items() if not torch.equal(p, before[n])}
+    assert moved and all(name.startswith(taught) for name in moved)
+    assert f"{stage} 1: loss" in capsys.readouterr().out
