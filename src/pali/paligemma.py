@@ -355,7 +355,7 @@ class PaliGemma(nn.Module):
             if cache is not None:
                 cache.length = past  # the tokens were refused
             raise
-        choose = last_only and ids.shape[1] > 1  # one is the last
+        choose = last_only and ids.shape[1] > 1  # one needs no choice
         last = last_valid(valid) if choose else None
         x = self.decoder(x, positions, masks, cache, trace, last)
         return self.decoder.logits(x)
