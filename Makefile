@@ -66,6 +66,7 @@ refresh: address measure run html ## once the shipped model is trained anew: out
 
 measure: $(VENV)/.test ## measure the shipped model, draw the pictures of the landing page
 	$(PY) benchmarks/evaluate_mini.py
+	$(PY) benchmarks/evaluate_mini.py --world full
 	$(PY) benchmarks/make_pictures.py
 
 bench: $(VENV)/.test ## measure speed and memory, in turns with transformers

@@ -37,13 +37,13 @@ def shape(size: str):
         vision = replace(VisionConfig(), num_layers=2)
         return PaliGemmaConfig(vision, decoder, image_id=16_320)
     decoder = DecoderConfig(
-        vocab_size=1856, width=64, num_layers=3, num_heads=4, num_kv_heads=1,
+        vocab_size=2880, width=64, num_layers=3, num_heads=4, num_kv_heads=1,
         head_dim=32, mlp_width=128, query_scale=32**-0.5, max_positions=1024,
     )  # fmt: skip
     vision = VisionConfig(
         image_size=32, patch_size=8, width=48, num_layers=2, num_heads=4, mlp_width=96
     )
-    return PaliGemmaConfig(vision, decoder, image_id=1792)
+    return PaliGemmaConfig(vision, decoder, image_id=2816)
 
 
 def spread(name: str, tensor) -> tuple[float, float]:

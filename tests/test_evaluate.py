@@ -622,3 +622,74 @@ def test_a_stage_teaches_its_own_part_and_no_other(stage, taught, monkeypatch, c
     moved = {n for n, p in model.state_dict().items() if not torch.equal(p, before[n])}
     assert moved and all(name.startswith(taught) for name in moved)
     assert f"{stage} 1: loss" in capsys.readouterr().out
+
+
+# -- what is stored about the shipped model ----------------------------------
+
+
+@pytest.fixture(scope="module")
+def stored() -> dict:
+    return tasks.stored_evaluation()
+
+
+def test_the_stored_evaluation_is_of_the_shipped_weights(stored):
+    assert stored["weights"] == command.fingerprint(), (
+        "the weights have changed: run make measure"
+    )
+    assert stored["command"] == "python benchmarks/evaluate_mini.py --world full"
+
+
+def test_the_stored_scores_follow_from_the_stored_rows(stored):
+    whole, rows = stored["scores"]["all"], stored["results"]
+    assert [row["seed"] for row in rows] == list(range(1000))
+    found = tasks.summary([tasks.Result(**row) for row in rows])
+    for name, score in found.items():  # stored overlaps have three digits
+        assert whole[name] == pytest.approx(vars(score), abs=5e-4)
+    for task in ("caption de", "caption zh", "present", "where"):
+        place = stored["order"].index(task)
+        marks = [row[0][place] for row in stored["further"]]
+        score = tasks.share(m == "1" for m in marks if m != "-")
+        assert whole[task] == full.rounded({task: score})[task]
+    outlines = [x for row in stored["further"] for x in row[2]]
+    assert whole["outlines"]["value"] == pytest.approx(np.mean(outlines), abs=1e-3)
+
+
+def test_the_card_tells_the_stored_numbers(stored):
+    card, whole = (MINI / "README.md").read_text("utf-8"), stored["scores"]["all"]
+    for name in ("boxes, F1", "mean IoU", "outlines"):
+        value, low, high = (f"{whole[name][k]:.3f}" for k in ("value", "low", "high"))
+        assert f"{value} ({low} to {high})" in card, name
+    for name in ("caption", "count", "where", "digits"):
+        value, low, high = (
+            f"{100 * whole[name][k]:.1f}" for k in ("value", "low", "high")
+        )
+        assert f"{value} % ({low} to {high})" in card, name
+    others = [
+        f"{100 * whole[f'caption {name}']['value']:.1f} %"
+        for name in ("de", "fr", "es", "zh")
+    ]
+    assert ", ".join(others) in card
+
+
+def test_the_model_beats_the_one_without_sight_and_chance(stored):
+    for beside in ("blind", "chance"):
+        for name, score in stored[beside].items():
+            # a constant box that hits once has the IoU of that one hit
+            if name not in (*scoring.PARTS, "mean IoU"):
+                assert stored["scores"]["all"][name]["low"] > score["high"], name
+
+
+def test_a_part_measured_again_agrees_with_what_is_stored(stored, drawn, tmp_path):
+    kept = full.Kept(tmp_path / "answers.jsonl")
+    examiner = full.Examiner(*pali.load("mini"), shipped_codec(), kept)
+    asked = [asked_of(scene) for scene in drawn]
+    verdicts = examiner.piece("as trained", drawn, asked)
+    again = "".join(full.further_row(v)[0] for v in verdicts)
+    before = "".join(row[0] for row in stored["further"][: len(drawn)])
+    # the same but for near-ties, which rounding decides: 360 marks
+    assert sum(a != b for a, b in zip(again, before, strict=True)) <= 5
+    for verdict, row in zip(verdicts, stored["further"], strict=False):
+        assert len(verdict.outlines) == len(row[2])
+    boxes = [verdict.found for verdict in verdicts]
+    same = [row["found"] == n for row, n in zip(stored["results"], boxes, strict=False)]
+    assert sum(same) >= len(drawn) - 2

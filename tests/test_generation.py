@@ -397,7 +397,7 @@ def test_what_follows_the_end_is_not_text(mini):
 
 
 def test_a_character_that_is_cut_off_still_comes_at_the_end(mini):
-    first_byte = mini[1].tokenizer.encode("é")[:1]
+    first_byte = mini[1].tokenizer.encode("ů")[:1]
     row, pieces = stream_of(mini[1], "a", *first_byte)
     assert [piece for _, piece in pieces] == ["a"]
     row.end()

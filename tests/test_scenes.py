@@ -97,7 +97,7 @@ def test_catalogue_has_64_words_and_none_hides_in_another():
     assert not [(a, b) for a in names for b in names if a != b and a in b]
     plurals = {kind.plural for kind in scenes.kinds()}
     assert len(plurals) == 64 and not plurals & set(names)
-    assert [k.name for k in scenes.kinds() if k.trained] == list(FIRST_WORLD.names)
+    assert [k.name for k in scenes.kinds() if k.first] == list(FIRST_WORLD.names)
 
 
 def test_sprites_fill_their_cell_and_keep_a_clear_border():

@@ -567,7 +567,7 @@ PROCESSOR_DAMAGE = {
     ),
     "more pieces than rows": (
         in_text(vocab_size=100),
-        r"tokenizer.model has 1792 pieces, config.json room for only 100",
+        r"tokenizer.model has 2816 pieces, config.json room for only 100",
     ),
 }
 

@@ -34,7 +34,7 @@ STRIKE = 109  # the one bitmap size that the font holds, in pixels
 
 # kind, code point of the drawing, code point whose name translates it
 # (a face is drawn where the animal is meant).
-TRAINED = """
+FIRST = """
 cat 1F431 1F408 | dog 1F436 1F415 | fox 1F98A | lion 1F981 | frog 1F438
 panda 1F43C | pig 1F437 1F416 | penguin 1F427 | octopus 1F419
 crab 1F980 | turtle 1F422 | butterfly 1F98B | bee 1F41D
@@ -162,7 +162,7 @@ NOT_IN_CLDR = {"cup", "Tasse", "tasse", "taza", "杯子", "zapatilla"}
 def entries() -> list[dict]:
     """The 64 rows of the catalogue, without the names from CLDR."""
     rows = []
-    for text, trained in ((TRAINED, True), (LATER, False)):
+    for text, first in ((FIRST, True), (LATER, False)):
         for entry in text.replace("\n", "|").split("|"):
             if not entry.strip():
                 continue
@@ -174,7 +174,7 @@ def entries() -> list[dict]:
                     "codepoint": drawn,
                     "named_by": named[0] if named else drawn,
                     "mirror": kind not in FIXED,
-                    "trained": trained,
+                    "first": first,
                 }
             )
     return rows
@@ -342,7 +342,7 @@ transparent ground. `kinds.json` lists them in the same order:
   meant (a cat is drawn as its face and named after the whole cat);
 - `cldr`: that English name, where it differs from ours;
 - `mirror`: whether the drawing may be mirrored;
-- `trained`: whether the first world uses it.
+- `first`: whether the first world uses it.
 
 `words.json` holds the words of every kind in English, German, French,
 Spanish and Chinese (simplified), in the same order:

@@ -162,14 +162,14 @@ class Kind:
     plural      what several of them are called
     codepoint   the emoji that is drawn, hexadecimal
     mirror      whether the drawing may be mirrored
-    trained     whether the first world uses it
+    first       whether the first world uses it
     """
 
     name: str
     plural: str
     codepoint: str
     mirror: bool
-    trained: bool
+    first: bool
 
 
 # cell 4724c0d4
@@ -183,7 +183,7 @@ def kinds() -> tuple[Kind, ...]:
             row["plural"],
             row["codepoint"],
             row["mirror"],
-            row["trained"],
+            row["first"],
         )
         for row in json.loads(path.read_text("utf-8"))
     )

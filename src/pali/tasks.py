@@ -35,6 +35,7 @@ __all__ = [
     "ratio",
     "segment",
     "share",
+    "stored_evaluation",
     "stored_results",
     "summary",
 ]
@@ -45,7 +46,8 @@ def caption(model: PaliGemma, processor: Processor, image, language="en") -> str
     """Say what a picture shows.
 
     image       whatever `open_picture` reads
-    language    as the model was trained: "en" for the shipped one
+    language    one that the model was trained on; the shipped one knows
+                those of `pali.scenes.LANGUAGES`
     """
     return generate(model, processor, open_picture(image), f"caption {language}")[0]
 
@@ -111,9 +113,13 @@ def ask_scenes(
     drawn: Sequence[scenes.Scene],
     task: str,
     batch: int = 50,
+    world: scenes.World = scenes.FIRST_WORLD,
 ) -> list[tuple[str, str, str]]:
-    """Put one question of a task to each scene: (prompt, answer, truth)."""
-    asked = [scenes.question(s, scenes.question_stream(s), task) for s in drawn]
+    """Put one question of a task to each scene: (prompt, answer, truth).
+
+    world    where the scenes come from; it says what may be asked
+    """
+    asked = [scenes.question(s, scenes.question_stream(s), task, world) for s in drawn]
     said = []
     for i in range(0, len(drawn), batch):
         said += generate(
@@ -172,17 +178,21 @@ def judge(scene: scenes.Scene, caption, count, detect) -> Result:
 
 # cell 6089b909
 def evaluate(
-    model: PaliGemma, processor: Processor, seeds: Iterable[int], world=None
+    model: PaliGemma,
+    processor: Processor,
+    seeds: Iterable[int],
+    world: scenes.World = scenes.FIRST_WORLD,
 ) -> list[Result]:
     """Ask three questions of every scene of these seeds, and judge the answers.
 
     seeds    from `scenes.TEST_SEEDS`, so that no scene was trained on
-    world    where the scenes come from; None: the one trained on
+    world    where the scenes come from
     """
-    world = world or scenes.FIRST_WORLD
     drawn = [scenes.scene(seed, world=world) for seed in seeds]
-    tasks = ("caption", "count", "detect")
-    rows = [ask_scenes(model, processor, drawn, task) for task in tasks]
+    rows = [
+        ask_scenes(model, processor, drawn, task, world=world)
+        for task in ("caption", "count", "detect")
+    ]
     return [judge(*row) for row in zip(drawn, *rows, strict=True)]
 
 
@@ -251,3 +261,16 @@ def stored_results() -> list[Result]:
     path = resources.files("pali").joinpath("mini", "evaluation.json")
     stored = json.loads(path.read_text("utf-8"))
     return [Result(**row) for row in stored["results"]]
+
+
+# cell f3cea183
+def stored_evaluation() -> dict:
+    """All that was measured of the shipped model in the larger world, as stored.
+
+    returns    "scores": a dict for "all" scenes and for parts of them; beside it
+               "blind", "chance" and "ceiling", "elsewhere", "confusion", "worst";
+               "definitions" says what each row is. Each score is a dict with the
+               fields of `Score`
+    """
+    path = resources.files("pali").joinpath("mini", "evaluation_full.json")
+    return json.loads(path.read_text("utf-8"))
