@@ -176,8 +176,8 @@ def run(variant: str, steps: int, stage_steps: int, seed: int) -> dict:
 def main(argv: list[str] | None = None) -> None:
     """Measure what is missing, keep it, print it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=900)
-    parser.add_argument("--stage-steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--stage-steps", type=int, default=80)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RESULTS)
