@@ -21,8 +21,13 @@ PLACES = [f"<loc{i:04d}>" for i in range(1024)]
 OUTLINES = [f"<seg{i:03d}>" for i in range(128)]
 
 
-def toy_pieces(path: Path, extra: Sequence[str] = ()) -> Tokenizer:
-    """A toy list with the ids and the settings of Gemma's."""
+def toy_pieces(
+    path: Path, extra: Sequence[str] = (), breaks: Sequence[str] = ("\n", "\n\n")
+) -> Tokenizer:
+    """A toy list with the ids and the settings of Gemma's.
+
+    breaks   the pieces of line breaks; Gemma's list has them
+    """
     out = io.BytesIO()
     sentencepiece.SentencePieceTrainer.Train(
         sentence_iterator=iter(TEXTS),
@@ -43,7 +48,7 @@ def toy_pieces(path: Path, extra: Sequence[str] = ()) -> Tokenizer:
         remove_extra_whitespaces=False,
         normalization_rule_name="identity",
         character_coverage=1.0,
-        user_defined_symbols=["<mask>", "\n", "\n\n", *extra],
+        user_defined_symbols=["<mask>", *breaks, *extra],
         minloglevel=2,
     )
     path.write_bytes(out.getvalue())

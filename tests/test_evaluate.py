@@ -30,6 +30,7 @@ import evaluate_mini as command  # noqa: E402
 import evaluate_scores as scoring  # noqa: E402
 import evaluate_worlds as worlds  # noqa: E402
 import make_art2  # noqa: E402
+import mix_models  # noqa: E402
 
 MINI = Path(pali.__file__).parent / "mini"
 TRAINED = worlds.CONDITIONS["as trained"]
@@ -693,3 +694,35 @@ def test_a_part_measured_again_agrees_with_what_is_stored(stored, drawn, tmp_pat
     boxes = [verdict.found for verdict in verdicts]
     same = [row["found"] == n for row, n in zip(stored["results"], boxes, strict=False)]
     assert sum(same) >= len(drawn) - 2
+
+
+# -- the mean of two runs ------------------------------------------------------
+
+
+def test_the_mean_of_two_models_lies_between_them():
+    (first, _), (second, _) = pali.load("mini"), pali.load("mini")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in second.parameters():
+            weight.add_(torch.randn(weight.shape, generator=generator))
+    before = {k: v.clone() for k, v in second.state_dict().items()}
+    got = mix_models.mixed(first, second, 0.25).state_dict()
+    for name, weight in first.state_dict().items():
+        want = torch.lerp(weight.float(), before[name].float(), 0.25)
+        assert torch.allclose(got[name], want, atol=1e-6), name
+    with pytest.raises(ValueError, match="share is from 0 to 1"):
+        mix_models.mixed(first, second, 1.5)
+
+
+def test_models_of_other_shapes_have_no_mean():
+    (first, _), (second, _) = pali.load("mini"), pali.load("mini")
+    second.projector = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="other names or shapes"):
+        mix_models.mixed(first, second, 0.5)
+
+
+def test_the_table_of_the_mean_is_that_of_the_shipped_weights(stored):
+    kept = json.loads((MINI / "training" / "mix.json").read_text("utf-8"))
+    whole = stored["scores"]["all"]
+    for task, score in kept["mean"].items():
+        assert score == whole[task], task

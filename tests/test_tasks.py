@@ -184,6 +184,26 @@ def test_batches_give_what_one_by_one_gives():
     assert rows[0] == rows[1]
 
 
+def test_what_may_be_asked_is_what_the_world_knows(monkeypatch):
+    monkeypatch.setattr(tasks, "generate", lambda m, p, images, asked, **_: asked)
+    full = scenes.FULL_WORLD
+    drawn = [scenes.scene(seed, world=full) for seed in range(40)]
+    rows = tasks.ask_scenes(None, None, drawn, "detect", world=full)
+    later = set(full.names) - set(scenes.FIRST_WORLD.names)
+    gone = [
+        kind
+        for scene, (prompt, _, truth) in zip(drawn, rows, strict=True)
+        for kind in prompt.removeprefix("detect ").split(" ; ")
+        if kind not in scene.counts()
+    ]
+    assert later & set(gone)  # absent kinds come from the whole larger world
+    # the first world, the default, knows no later kind that is not there
+    rows = tasks.ask_scenes(None, None, drawn, "detect")
+    for scene, (prompt, _, _) in zip(drawn, rows, strict=True):
+        asked = set(prompt.removeprefix("detect ").split(" ; "))
+        assert not (asked - set(scene.counts())) & later
+
+
 boxes = st.builds(
     lambda label, x, y, w, h: Box(label, (x, y, x + w, y + h)),
     st.sampled_from("ab"), *[st.integers(0, 9)] * 2, *[st.integers(1, 9)] * 2,

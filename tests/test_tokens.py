@@ -123,6 +123,12 @@ def test_a_file_that_is_no_list_is_a_value_error(tmp_path, content):
         Tokenizer(path)
 
 
+def test_a_list_without_a_line_break_is_a_value_error(tmp_path):
+    """Its id would be that of `<unk>`, and no prompt would end as trained."""
+    with pytest.raises(ValueError, match="no piece for the line break"):
+        toy_pieces(tmp_path / "tokenizer.model", breaks=())
+
+
 def test_half_a_surrogate_pair_is_a_value_error(tokenizer):
     with pytest.raises(ValueError, match="surrogates not allowed"):
         tokenizer.encode("cat \ud83d")

@@ -451,6 +451,17 @@ def test_the_larger_world_is_taught_with_outlines(larger):
     assert torch.equal(again.ids, batch.ids)
 
 
+def test_practice_in_the_larger_world_asks_what_is_hard_more_often(larger):
+    def asked(crowded):
+        settings = Settings(world="full", batch_size=8, crowded=crowded, questions=6)
+        batch, _, _ = Lessons(settings, larger[1])[0]
+        text = larger[1].tokenizer.decode(batch.ids[batch.labels == IGNORE])
+        return [text.count(word) for word in ("segment ", "ocr")]
+
+    (outlines, numbers), (more, most) = asked(0.0), asked(1.0)
+    assert more > 1.5 * outlines and most > numbers
+
+
 def test_a_world_has_a_name():
     with pytest.raises(ValueError, match="world is first or full, not third"):
         Settings(world="third")

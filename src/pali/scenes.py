@@ -476,8 +476,8 @@ def draw_number(
 def draw_things(stream: Stream, world: World) -> list[Thing]:
     """Choose kinds, sizes and angles; all at 0, 0 so far.
 
-    The number of kinds is as even as the number of things: each of
-    them comes once, and the other things repeat one of them.
+    For a number of things, all numbers of kinds up to it are equally
+    likely: each kind comes once, and the other things repeat one.
     """
     count = stream.between(*world.things)
     kinds = stream.between(min(world.fewest, count), count)
@@ -642,8 +642,8 @@ class Scene:
     things   in the order of drawing: later ones cover earlier ones
     image    PIL image, RGB
     boxes    left, top, right, bottom of each thing in whole px, tight
-             around its visible paint (alpha over 127), right and
-             bottom outside; as if nothing covered it
+             around its paint (alpha over 127), covered or not; right
+             and bottom outside
     masks    bool[things, height, width], the pixels where it shows
     number   the digits drawn over everything, or None
     """
@@ -797,8 +797,9 @@ def caption(scene: Scene, language: str = "en") -> str:
     comma, last_joint = JOINTS[language]
     counts = scene.counts().items()
     phrases = [noun_phrase(k, n, language) for k, n in counts]
-    start, last = comma.join(phrases[:-1]), phrases[-1:]
-    return last_joint.join(filter(None, [start, *last]))
+    if len(phrases) < 2:
+        return "".join(phrases)
+    return comma.join(phrases[:-1]) + last_joint + phrases[-1]
 
 
 # cell e6dc5b0c
@@ -1117,8 +1118,23 @@ FULL_WORLD = World(
         ("ocr", 5),
     ),
 )
-# for practice alone, as in the first world
-CROWDED_FULL_WORLD = replace(FULL_WORLD, things=(2, 5), fewest=2)
+# for practice alone, as in the first world: what is hard, more often
+CROWDED_FULL_WORLD = replace(
+    FULL_WORLD,
+    things=(2, 5),
+    fewest=2,
+    numbers=100,
+    shares=(
+        ("caption", 30),
+        ("detect", 10),
+        ("segment", 25),
+        ("count", 5),
+        ("where", 8),
+        ("present", 1),
+        ("size", 1),
+        ("ocr", 20),
+    ),
+)
 
 
 # cell 9ec8efc0
@@ -1288,7 +1304,8 @@ def further_question(
     """A prompt of the larger world, and its answer.
 
     task     "segment" (one in ten of an absent kind), "present" (half),
-             "where" (one in five is "nothing"), "size" or "ocr"
+             "where" ("nothing" if a thing is alone, else about one in
+             five), "size" or "ocr"
     raises   ValueError for another task, or one without a sure answer
     """
     if task == "segment" and encode:

@@ -57,7 +57,8 @@ class Tokenizer:
     size       pieces, location and outline tokens included
     note       a plain Gemma file lacks `<loc…>` and `<seg…>`; they are
                then numbered on from its end, as PaliGemma does
-    raises     ValueError if the file is no SentencePiece model
+    raises     ValueError if the file is no SentencePiece model, or has
+               no piece for a line break
     source     Kudo & Richardson 2018
     """
 
@@ -87,6 +88,11 @@ class Tokenizer:
         self.names = {i: name for name, i in self.special.items()}
         self.size = max(end, 1 + max(self.names))
         self.newline = self.pieces.PieceToId("\n")
+        if self.newline == self.pieces.unk_id():
+            raise ValueError(
+                f"{path} has no piece for the line break that ends every "
+                "prompt: use the tokenizer.model of PaliGemma or Gemma"
+            )
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text; nothing is added before or after it."""

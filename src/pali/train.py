@@ -97,19 +97,21 @@ class Settings:
     """All that decides a training run; the same settings give the same
     curve.
 
+    seed             of fresh weights and of the pictures
     steps            optimiser steps;  batch_size  pictures a step
     questions        about one picture in one sequence, while packed
     matrix_rate      learning rate of Muon, for the matrices of the
                      blocks
     other_rate       learning rate of AdamW, for all else
+    weight_decay     of Muon; AdamW has none
     warmup           steps until the full rate
     decay            last share of the steps, in which the rate falls to
                      0
     plain            last share of the steps, one question a picture
                      under the mask that inference uses
     part             pictures that are computed at once; smaller parts
-                     stay in the processor's caches, the gradients add
-                     up to the same
+                     stay in the CPU's caches, the gradients add up to
+                     the same
     precision        "float32" or "bfloat16" (autocast)
     checkpoint_every  steps between checkpoints, each with an evaluation
     eval_scenes      unseen scenes it is asked about; 0: none
@@ -224,8 +226,8 @@ def smooth_locations(
 ) -> None:
     """Start location tokens as a smooth curve: neighbours nearly alike.
 
-    Sines of random phase and falling strength replace independent noise
-    of the same size, so what is learned of one place helps the next.
+    Sines of random phase and frequency, low ones more often, replace
+    independent noise of the same size.
     """
     generator = torch.Generator().manual_seed(seed)
     width = model.config.decoder.width
@@ -366,8 +368,9 @@ class ByProducts(TorchFunctionMode):
 
     patches    0; or, in a packed lesson, the number of image tokens,
                which come first and see only each other
-    note       for training alone: with a mask, all keys are new (no
-               cache), and every layer has the same mask
+    note       for training alone, one instance for each pass: with a
+               mask, all keys are new (no cache), and every layer has
+               the same mask, which is kept
     """
 
     def __init__(self, patches: int = 0) -> None:
@@ -434,10 +437,10 @@ class Lessons(torch.utils.data.Dataset):
         ]
         rows = [
             scenes.examples(
-                scene, scenes.question_stream(scene), s.questions, world,
+                scene, scenes.question_stream(scene), s.questions, each,
                 encode=outline_codes if s.world == "full" else None,
             )
-            for scene in drawn
+            for scene, each in zip(drawn, worlds, strict=True)
         ]  # fmt: skip
         images = [scene.image for scene in drawn]
         if packed:
@@ -656,7 +659,7 @@ def quick_check(
     if not drawn:
         return {}
     images = [scene.image for scene in drawn]
-    shares = {}
+    shares, rows = {}, {}
     for task in ("caption", "count", "detect"):
         asked = [
             scenes.question(s, scenes.question_stream(s), task, world)
@@ -666,11 +669,12 @@ def quick_check(
         said = generate(
             model, processor, images, prompts, max_new_tokens=64
         )
+        rows[task] = said, truth
         right = [a == t for a, t in zip(said, truth, strict=True)]
         shares[task] = round(sum(right) / len(right), 4)
     size = drawn[0].image.size
     found, real = (
-        [read_boxes(t, size) for t in row] for row in (said, truth)
+        [read_boxes(t, size) for t in row] for row in rows["detect"]
     )
     hits = sum(
         value >= 0.5
@@ -699,8 +703,9 @@ def carry_over(
     before, rows = old_processor.tokenizer, model.decoder.embedding
     weights = old.state_dict()
     table = weights.pop("decoder.embedding").float()
+    weights["decoder.embedding"] = rows.detach().clone()
     try:
-        model.load_state_dict(weights, strict=False)
+        model.load_state_dict(weights)
     except RuntimeError as error:
         raise ValueError(
             "the model to start from has layers of other shapes"
@@ -844,14 +849,14 @@ def train(
     )  # fmt: skip
     for step, lesson in enumerate(bar, start=done + 1):
         line = timed_step(model, optimizers, lesson, step, settings)
-        if (
-            step % settings.checkpoint_every == 0
-            or step == settings.steps
-        ):
+        due = (
+            step == settings.steps
+            or not step % settings.checkpoint_every
+        )
+        if due:
             seeds = range(settings.eval_scenes)
             world = WORLDS[settings.world][0]
             scores = quick_check(model, processor, seeds, world)
-            save_checkpoint(path, model, optimizers, step)
             tqdm.write(
                 f"step {step}: loss {line['loss']:.3f}, {scores}"
             )
@@ -859,5 +864,7 @@ def train(
         bar.set_postfix(loss=f"{line['loss']:.3f}")
         with log.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+        if due:  # after its line: cut_log removes lines, never adds one
+            save_checkpoint(path, model, optimizers, step)
     save_model(model.half(), out / "model", processor)
     return out / "model"

@@ -823,17 +823,21 @@ def masks(
     height: float = 3.6,
     ax: Axes | None = None,
 ) -> Axes:
-    """Tinted, outlined masks on a picture: bool[H, W], or pairs (box, bool[H, W])."""
+    """Masks on a picture, lightly tinted so that the drawing below still shows.
+
+    masks   bool[H, W], or pairs (box, bool[H, W]) whose box is drawn with its label
+    """
     ax = picture(image, title, height=height, ax=ax)
     for i, item in enumerate(masks):
         box, mask = item if isinstance(item, tuple) else (None, item)
         mask = _array(mask).astype(bool)
         colour = (ACCENT, FAULT, OTHER, "#8A4F7D", INK)[i % 5]
         tint = np.zeros((*mask.shape, 4))
-        tint[mask] = mpl.colors.to_rgba(colour, 0.5)
+        tint[mask] = mpl.colors.to_rgba(colour, 0.25)
         ax.imshow(tint, interpolation="nearest")
         if mask.any() and not mask.all():
-            ax.contour(mask, levels=[0.5], colors="white", linewidths=1.5)
+            for line, width in (("white", 2.8), (colour, 1.4)):
+                ax.contour(mask, levels=[0.5], colors=line, linewidths=width)
         if box is not None:
             _outline(ax, box.xyxy, box.label, i)
     return ax
